@@ -1,0 +1,1 @@
+"""Scripts that make the bundled texts, tokenizer and model."""

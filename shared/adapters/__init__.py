@@ -1,0 +1,1 @@
+"""Hugging Face PEFT adapters on the parts of a split model, cut and joined by name."""

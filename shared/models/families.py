@@ -1,0 +1,125 @@
+"""The model families that can be split: a new one is one row in ``FAMILIES``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+from transformers.models.gpt2.modeling_gpt2 import GPT2LMHeadModel, GPT2Model, GPT2PreTrainedModel
+from transformers.models.llama.modeling_llama import (
+    LlamaForCausalLM,
+    LlamaModel,
+    LlamaPreTrainedModel,
+)
+from transformers.models.qwen2.modeling_qwen2 import (
+    Qwen2ForCausalLM,
+    Qwen2Model,
+    Qwen2PreTrainedModel,
+)
+
+from shared.errors import CheckpointError
+
+LayerFix = Callable[[nn.Module, int, int], None]
+
+
+def _keep(layer: nn.Module, local_index: int, global_index: int) -> None:
+    """Most families never look at a block's index but for its cache slot."""
+
+
+def _rescale_gpt2_attention(layer: Any, local_index: int, global_index: int) -> None:
+    # The one place where GPT-2 computes with a block's index; blocks are built with their local
+    # index (it names the cache slot), so the scale is made that of the global one.
+    if layer.attn.scale_attn_by_inverse_layer_idx:
+        attention = layer.attn
+        unscaled = attention.head_dim**-0.5 if attention.scale_attn_weights else 1.0
+        attention.scaling = unscaled / float(global_index + 1)
+
+
+@dataclass(frozen=True)
+class Family:
+    """How the parts of one transformers model family are named.
+
+    The attribute names are those of the family's classes in ``transformers``, so a key of a
+    checkpoint is ``{base}.{layers}.{global index}. …`` in the whole model and in every part.
+    """
+
+    model_type: str
+    full_class: Any
+    base_class: Any
+    pretrained_class: Any
+    base: str
+    layers: str
+    embedding: str
+    norm: str
+    zeroed: tuple[str, ...] = ()
+    """Modules whose output is added to the embeddings: nothing is added outside the bottom."""
+    identity: tuple[str, ...] = ()
+    """Modules applied right after the embeddings: skipped outside the bottom."""
+    fix_layer: LayerFix = _keep
+    transposed_linear: bool = False
+    """Linear layers are transformers' ``Conv1D``, which PEFT wants to know (``fan_in_fan_out``)."""
+
+    @property
+    def embedding_key(self) -> str:
+        """Checkpoint key of the token embedding."""
+        return f"{self.base}.{self.embedding}.weight"
+
+    @property
+    def layer_prefix(self) -> str:
+        """What the checkpoint keys of all blocks begin with."""
+        return f"{self.base}.{self.layers}."
+
+
+FAMILIES: dict[str, Family] = {
+    family.model_type: family
+    for family in (
+        Family(
+            "gpt2",
+            GPT2LMHeadModel,
+            GPT2Model,
+            GPT2PreTrainedModel,
+            base="transformer",
+            layers="h",
+            embedding="wte",
+            norm="ln_f",
+            zeroed=("wpe",),
+            identity=("drop",),
+            fix_layer=_rescale_gpt2_attention,
+            transposed_linear=True,
+        ),
+        Family(
+            "llama",
+            LlamaForCausalLM,
+            LlamaModel,
+            LlamaPreTrainedModel,
+            base="model",
+            layers="layers",
+            embedding="embed_tokens",
+            norm="norm",
+        ),
+        Family(
+            "qwen2",
+            Qwen2ForCausalLM,
+            Qwen2Model,
+            Qwen2PreTrainedModel,
+            base="model",
+            layers="layers",
+            embedding="embed_tokens",
+            norm="norm",
+        ),
+    )
+}
+
+
+def family_of(model_type: str) -> Family:
+    """Returns the row of a model type.
+
+    Raises:
+        CheckpointError: If the family cannot be split yet; names those that can.
+    """
+    if model_type not in FAMILIES:
+        accepted = ", ".join(sorted(FAMILIES))
+        raise CheckpointError(f"model type {model_type!r} cannot be split; accepted: {accepted}")
+    return FAMILIES[model_type]

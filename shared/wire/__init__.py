@@ -1,0 +1,1 @@
+"""How messages and tensors travel: valid protobuf, without protobuf's copies of the tensors."""

@@ -1,0 +1,40 @@
+"""Wire error codes and exceptions, one table both ways."""
+
+from __future__ import annotations
+
+from shared import errors
+from shared.pb.trunkline.v1 import trunk_pb2 as pb
+
+_TABLE: dict[int, type[errors.TrunklineError]] = {
+    pb.ERROR_CODE_PROTOCOL: errors.ProtocolError,
+    pb.ERROR_CODE_TENSOR: errors.TensorError,
+    pb.ERROR_CODE_ADAPTER: errors.AdapterError,
+    pb.ERROR_CODE_OPTIMIZER: errors.OptimizerError,
+    pb.ERROR_CODE_MODEL_MISMATCH: errors.ModelMismatchError,
+    pb.ERROR_CODE_UNKNOWN_REQUEST: errors.UnknownRequestError,
+    pb.ERROR_CODE_REUSED_REQUEST: errors.ReusedRequestError,
+    pb.ERROR_CODE_STEP_CONFLICT: errors.StepConflictError,
+    pb.ERROR_CODE_RESOURCE_EXHAUSTED: errors.ResourceExhaustedError,
+    pb.ERROR_CODE_DRAINING: errors.DrainingError,
+    pb.ERROR_CODE_SESSION_EXPIRED: errors.SessionExpiredError,
+    pb.ERROR_CODE_INTERNAL: errors.TrunkInternalError,
+}
+
+_CODES = {error: code for code, error in _TABLE.items()}
+
+
+def to_message(error: errors.TrunklineError) -> pb.Error:
+    """Describes an error for the other side; one of no listed class becomes INTERNAL."""
+    code = next((_CODES[c] for c in type(error).__mro__ if c in _CODES), pb.ERROR_CODE_INTERNAL)
+    retry_after_s = getattr(error, "retry_after_s", 0.0)
+    return pb.Error(
+        code=pb.ErrorCode.ValueType(code), message=str(error), retry_after_s=retry_after_s
+    )
+
+
+def to_exception(message: pb.Error) -> errors.TrunklineError:
+    """Returns the exception that an error message stands for."""
+    error_class = _TABLE.get(message.code, errors.TrunkInternalError)
+    if error_class is errors.ResourceExhaustedError:
+        return errors.ResourceExhaustedError(message.message, message.retry_after_s)
+    return error_class(message.message)

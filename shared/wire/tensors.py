@@ -1,0 +1,122 @@
+"""Tensors as announcements and raw little-endian bytes, in chunks of bounded size."""
+
+from __future__ import annotations
+
+import math
+import sys
+import warnings
+from collections.abc import Iterator, Mapping
+
+import torch
+
+from shared.errors import ProtocolError, TensorError
+from shared.pb.trunkline.v1 import trunk_pb2 as pb
+from shared.wire.dtypes import to_torch, to_wire
+
+CHUNK_BYTES = 2 * 1024 * 1024
+"""Most payload bytes in one message; with its small fields it stays under ``MAX_FRAME_BYTES``."""
+
+MAX_FRAME_BYTES = CHUNK_BYTES + 1024 * 1024
+"""What both sides allow gRPC to receive as one message."""
+
+MAX_RANK = 8
+MAX_TENSORS = 100_000
+
+if sys.byteorder != "little":
+    raise ImportError("tensors travel little-endian and are not converted; this host is big-endian")
+
+with warnings.catch_warnings():
+    # torch warns once per process that a view of immutable bytes must not be written to. Ours are
+    # only ever read (copied into a tensor's own memory), so that one warning is used up here.
+    warnings.simplefilter("ignore")
+    torch.frombuffer(b"\0", dtype=torch.uint8)
+
+
+def announce(tensors: Mapping[str, torch.Tensor]) -> list[pb.TensorSpec]:
+    """Describes tensors in the order in which their bytes will follow."""
+    return [
+        pb.TensorSpec(name=name, data_type=to_wire(t.dtype), shape=t.shape)
+        for name, t in tensors.items()
+    ]
+
+
+def chunks(tensors: Mapping[str, torch.Tensor]) -> Iterator[memoryview]:
+    """Yields the bytes of the tensors, back to back, at most ``CHUNK_BYTES`` at a time.
+
+    A chunk never spans two tensors, so that nothing has to be copied to cut one.
+    """
+    for tensor in tensors.values():
+        view = as_bytes(tensor)
+        for start in range(0, view.nbytes, CHUNK_BYTES):
+            yield view[start : start + CHUNK_BYTES]
+
+
+def as_bytes(tensor: torch.Tensor) -> memoryview:
+    """Returns the raw bytes of a tensor; a view where the tensor is contiguous and on the CPU."""
+    flat = tensor.detach().cpu().contiguous().reshape(-1)
+    return memoryview(flat.view(torch.uint8).numpy())
+
+
+class TensorAssembly:
+    """The tensors of one message while their bytes arrive.
+
+    Bytes are copied once, from the message into the tensor's own memory. A view into the message
+    would save that copy, but would start at an arbitrary address, and matrix kernels may sum in
+    another order there: results would no longer be the same bit for bit from run to run.
+
+    Args:
+        specs: The announcement.
+        max_bytes: Most bytes the message may have in all.
+
+    Raises:
+        TensorError: If a dtype, rank, shape or the total size is not acceptable.
+        ProtocolError: If a name is announced twice or there are too many.
+    """
+
+    def __init__(self, specs: list[pb.TensorSpec], max_bytes: int) -> None:
+        if len(specs) > MAX_TENSORS or len({spec.name for spec in specs}) != len(specs):
+            raise ProtocolError(f"{len(specs)} tensors announced: too many, or a name twice")
+        sizes = [_byte_size(spec) for spec in specs]
+        if sum(sizes) > max_bytes:
+            raise TensorError(
+                f"tensors of {sum(sizes)} bytes announced; at most {max_bytes} are accepted"
+            )
+        self.tensors = {
+            s.name: torch.empty(tuple(s.shape), dtype=to_torch(s.data_type)) for s in specs
+        }
+        self._open = [_raw(t) for t in self.tensors.values() if t.numel()]
+        self._filled = 0
+
+    @property
+    def complete(self) -> bool:
+        """True once every announced byte has arrived."""
+        return not self._open
+
+    def add(self, payload: memoryview) -> None:
+        """Takes the next bytes.
+
+        Raises:
+            ProtocolError: If there are more bytes than announced.
+        """
+        while payload.nbytes:
+            if not self._open:
+                raise ProtocolError(f"{payload.nbytes} bytes more than the tensors announced")
+            target = self._open[0]
+            count = min(payload.nbytes, target.numel() - self._filled)
+            piece = torch.frombuffer(payload[:count], dtype=torch.uint8)
+            target[self._filled : self._filled + count].copy_(piece)
+            self._filled += count
+            payload = payload[count:]
+            if self._filled == target.numel():
+                self._open.pop(0)
+                self._filled = 0
+
+
+def _raw(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.reshape(-1).view(torch.uint8)
+
+
+def _byte_size(spec: pb.TensorSpec) -> int:
+    if len(spec.shape) > MAX_RANK:
+        raise TensorError(f"{spec.name}: rank {len(spec.shape)}; at most {MAX_RANK} is accepted")
+    return math.prod(spec.shape) * to_torch(spec.data_type).itemsize

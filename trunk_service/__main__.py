@@ -1,0 +1,114 @@
+"""``trunkd``, also ``python -m trunk_service``: the trunk daemon as a process."""
+
+from __future__ import annotations
+
+import asyncio
+import ipaddress
+import json
+import logging
+import os
+import signal
+import sys
+from pathlib import Path
+
+import torch
+from pydantic import ValidationError
+from pydantic_settings import CliApp
+
+from shared.bundled import model_dir
+from shared.errors import InvalidInputError, TrunklineError
+from shared.logs import log_json
+from shared.models import SplitRange
+from trunk_service.registry import SessionRegistry, return_freed_memory
+from trunk_service.scheduler import Scheduler
+from trunk_service.server import TrunkServer
+from trunk_service.settings import TrunkSettings
+from trunk_service.trunk import Trunk
+
+logger = logging.getLogger("trunk_service")
+
+
+def main() -> None:
+    """Runs the daemon until SIGTERM or SIGINT; exits 2 when it cannot start as told."""
+    try:
+        settings = CliApp.run(TrunkSettings, cli_args=sys.argv[1:])
+        log_json(settings.log_level)
+        asyncio.run(serve(settings))
+    except (TrunklineError, ValidationError) as error:
+        sys.stderr.write(f"trunkd: {error}\n")
+        sys.exit(2)
+
+
+async def serve(settings: TrunkSettings) -> None:
+    """Loads the trunk, serves it, and drains when told to stop.
+
+    Raises:
+        TrunklineError: If the model cannot be loaded or the address not be bound.
+    """
+    stop = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, stop.set)
+    registry = _registry(settings)
+    server = TrunkServer(registry, with_reflection=settings.reflection)
+    port = await server.start(settings.listen)
+    address = f"{_host(settings.listen)}:{port}"
+    _announce(settings, registry, address)
+    await stop.wait()
+    await server.drain(settings.drain_timeout_s)
+
+
+def _registry(settings: TrunkSettings) -> SessionRegistry:
+    split = SplitRange.parse(settings.split)
+    try:
+        device = torch.device(settings.device)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise InvalidInputError(f"device {settings.device!r} cannot be used: {error}") from error
+    cores = len(os.sched_getaffinity(0))
+    threads = settings.threads or max(1, cores // settings.workers)
+    torch.set_num_threads(threads)
+    dtype: torch.dtype = getattr(torch, settings.dtype)
+    trunk = Trunk.load(settings.model or model_dir(), split, device, dtype)
+    return_freed_memory()
+    workers = cores if settings.adaptive else settings.workers
+    scheduler = Scheduler(workers, threads, adaptive=settings.adaptive)
+    return SessionRegistry(trunk, settings.limits(), scheduler)
+
+
+def _announce(settings: TrunkSettings, registry: SessionRegistry, address: str) -> None:
+    info = registry.trunk.info
+    facts = {
+        "address": address,
+        "pid": os.getpid(),
+        "model_type": info.model_type,
+        "split": str(info.split),
+        "weight_digest": info.weight_digest,
+    }
+    logger.info("serving", extra=facts)
+    if not _is_loopback(settings.listen):
+        logger.warning("connections from other hosts are neither encrypted nor authenticated")
+    if settings.ready_file is not None:
+        _write_whole(settings.ready_file, json.dumps(facts))
+
+
+def _write_whole(path: Path, text: str) -> None:
+    """Writes a file so that a reader sees all of it or nothing."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(path)
+
+
+def _host(listen: str) -> str:
+    return listen.rpartition(":")[0]
+
+
+def _is_loopback(listen: str) -> bool:
+    host = _host(listen).strip("[]")
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,119 @@
+"""What is kept of each forward until its backward, in bytes accounted before it was computed."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from shared.errors import ReusedRequestError, UnknownRequestError
+from trunk_service.budget import ByteBudget
+from trunk_service.requests import ForwardRequest, HeldMode
+
+
+@dataclass
+class HeldRequest:
+    """The state of one forward.
+
+    ``output`` is the end of the retained graph, or None when backward recomputes it from
+    ``request``.
+    """
+
+    request: ForwardRequest
+    input_BTD: torch.Tensor
+    output_BTD: torch.Tensor | None
+    reserved_bytes: int
+    expires_at: float
+
+    @property
+    def mode(self) -> HeldMode:
+        """How it is held."""
+        return HeldMode.RECOMPUTED if self.output_BTD is None else HeldMode.RETAINED
+
+
+class HeldRequests:
+    """Held state of one session, by request id.
+
+    Args:
+        budget: The session's byte budget.
+        lease_s: Seconds until state that nobody asks for is freed.
+        clock: Monotonic seconds.
+    """
+
+    def __init__(
+        self,
+        budget: ByteBudget,
+        lease_s: float,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._budget = budget
+        self._lease_s = lease_s
+        self._clock = clock
+        self._held: dict[str, HeldRequest] = {}
+        self._used: set[str] = set()
+
+    def __len__(self) -> int:
+        return len(self._held)
+
+    def check_new(self, request_id: str) -> None:
+        """Refuses a request id that was used since the last step.
+
+        Raises:
+            ReusedRequestError: Names the id.
+        """
+        if request_id in self._held or request_id in self._used:
+            raise ReusedRequestError(f"request id {request_id!r} was used before")
+
+    def add(
+        self,
+        request: ForwardRequest,
+        input_BTD: torch.Tensor,
+        output_BTD: torch.Tensor | None,
+        reserved_bytes: int,
+    ) -> HeldRequest:
+        """Keeps a forward whose bytes are already reserved."""
+        expires_at = self._clock() + self._lease_s
+        held = HeldRequest(request, input_BTD, output_BTD, reserved_bytes, expires_at)
+        self._held[request.request_id] = held
+        self._used.add(request.request_id)
+        return held
+
+    def get(self, request_id: str) -> HeldRequest:
+        """Returns the state of a forward.
+
+        Raises:
+            UnknownRequestError: If there is none; says whether the id was ever used.
+        """
+        if request_id in self._held:
+            return self._held[request_id]
+        if request_id in self._used:
+            raise UnknownRequestError(
+                f"request {request_id!r} holds no state any more: its backward was done, "
+                f"or it was released or expired"
+            )
+        raise UnknownRequestError(f"request {request_id!r} is unknown: no forward had this id")
+
+    def drop(self, request_id: str) -> None:
+        """Frees the state of a forward; one that is not there is ignored."""
+        held = self._held.pop(request_id, None)
+        if held is not None:
+            self._budget.release(held.reserved_bytes)
+
+    def drop_all(self) -> None:
+        """Frees everything."""
+        for request_id in list(self._held):
+            self.drop(request_id)
+
+    def drop_expired(self) -> list[str]:
+        """Frees state whose lease is over; returns the ids."""
+        now = self._clock()
+        expired = [request_id for request_id, h in self._held.items() if h.expires_at <= now]
+        for request_id in expired:
+            self.drop(request_id)
+        return expired
+
+    def forget_used(self) -> None:
+        """Lets ids of finished requests be used again, so that their list stays bounded."""
+        self._used.clear()

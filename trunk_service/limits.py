@@ -1,0 +1,28 @@
+"""What one trunk lets its tenants use."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+GIB = 1024**3
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Bounds on what is held and accepted, the same for every tenant."""
+
+    max_tokens_per_request: int = 65_536
+    """Batch rows times tokens of one forward."""
+    max_adapter_rank: int = 256
+    max_adapter_parameters: int = 100_000_000
+    held_bytes: int = 4 * GIB
+    """Autograd state and caches of all sessions."""
+    session_held_bytes: int = 2 * GIB
+    """Autograd state and caches of one session."""
+    max_sessions: int = 256
+    max_requests_in_flight: int = 32
+    """Of one session; more wait on the wire."""
+    held_lease_s: float = 600.0
+    """How long state waits for its backward."""
+    session_lease_s: float = 3600.0
+    """How long a session may be silent."""

@@ -1,0 +1,110 @@
+"""What a tenant asks for and gets, as plain values: no gRPC, no generated messages.
+
+Dimension letters: B batch, T tokens, S tokens with those in the cache, D model dimension.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import Enum
+
+import torch
+
+from trunk_service.optimizers import OptimizerSpec
+
+
+@dataclass(frozen=True)
+class OpenRequest:
+    """The terms of a session."""
+
+    weight_digest: str
+    start_layer: int
+    end_layer: int
+    peft_config_json: str = ""
+    seed: int = 0
+    dropout: float | None = None
+    wire_dtype: torch.dtype = torch.float32
+
+
+@dataclass(frozen=True)
+class CacheEdit:
+    """A change of a key/value cache before a forward; exactly one field is set."""
+
+    reorder: list[int] | None = None
+    """Row i of the batch becomes what row ``reorder[i]`` was."""
+    remove_tokens: int | None = None
+    repeats: int | None = None
+    """Every row is repeated this often, next to itself."""
+    reset: bool = False
+
+
+@dataclass(frozen=True)
+class ForwardRequest:
+    """Hidden states [B, T, D] to carry through the trunk."""
+
+    hidden_BTD: torch.Tensor
+    attention_mask: torch.Tensor | None = None
+    """[B, S] of zeros and ones, or [B, 1, T, S]."""
+    position_ids: torch.Tensor | None = None
+    """[B or 1, T]."""
+    request_id: str = ""
+    keep_graph: bool = False
+    training: bool = False
+    step: int = 0
+    micro: int = 0
+    cache_id: str = ""
+    cache_edits: list[CacheEdit] = field(default_factory=list)
+
+
+class HeldMode(Enum):
+    """What is kept of a forward until its backward."""
+
+    RETAINED = "retained"
+    """The autograd graph."""
+    RECOMPUTED = "recomputed"
+    """The boundary activation; the graph is made again in backward."""
+
+
+@dataclass(frozen=True)
+class ForwardAnswer:
+    """Hidden states [B, T, D] behind the trunk, and what is held for backward."""
+
+    hidden_BTD: torch.Tensor
+    held_mode: HeldMode | None = None
+    held_bytes: int = 0
+
+
+@dataclass(frozen=True)
+class BackwardRequest:
+    """The gradient [B, T, D] of the loss with respect to a forward's answer."""
+
+    gradient_BTD: torch.Tensor
+    request_id: str
+    need_input_gradient: bool = True
+    reset_gradients: bool = False
+
+
+@dataclass(frozen=True)
+class BackwardAnswer:
+    """The gradient [B, T, D] with respect to a forward's input, if it was asked for."""
+
+    gradient_BTD: torch.Tensor | None
+    gradient_norm: float
+    """2-norm of the adapter's gradient accumulated since the last step."""
+
+
+@dataclass(frozen=True)
+class StepRequest:
+    """An optimizer step, by its number."""
+
+    step: int
+    gradient_scale: float
+    optimizer: OptimizerSpec
+
+
+@dataclass(frozen=True)
+class StepAnswer:
+    """The last step that was applied."""
+
+    committed_step: int
+    gradient_norm: float

@@ -1,0 +1,101 @@
+"""The gRPC server around a trunk: health, leases, draining."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+
+import grpc
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+from shared.errors import InvalidInputError
+from shared.wire.tensors import MAX_FRAME_BYTES
+from trunk_service.registry import SessionRegistry
+from trunk_service.servicer import SERVICE_NAME, TrunkServicer
+
+logger = logging.getLogger(__name__)
+
+_REAP_INTERVAL_S = 1.0
+
+_OPTIONS = [
+    ("grpc.max_receive_message_length", MAX_FRAME_BYTES),
+    ("grpc.max_send_message_length", MAX_FRAME_BYTES),
+    # Two daemons on one port would share its connections at random.
+    ("grpc.so_reuseport", 0),
+    ("grpc.keepalive_time_ms", 20_000),
+    ("grpc.keepalive_timeout_ms", 10_000),
+    # Clients ping every 20 s; gRPC's default of 5 min would end their connections.
+    ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
+    ("grpc.keepalive_permit_without_calls", 1),
+]
+
+
+class TrunkServer:
+    """Serves a registry's trunk on an address.
+
+    Args:
+        registry: Sessions, trunk and scheduler.
+        with_reflection: Also serve gRPC reflection.
+    """
+
+    def __init__(self, registry: SessionRegistry, with_reflection: bool = False) -> None:
+        self._registry = registry
+        self._servicer = TrunkServicer(registry)
+        self._health = health.aio.HealthServicer()
+        self._server = grpc.aio.server(options=_OPTIONS)
+        self._server.add_generic_rpc_handlers((self._servicer.handler(),))
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
+        if with_reflection:
+            names = (SERVICE_NAME, health.SERVICE_NAME, reflection.SERVICE_NAME)
+            reflection.enable_server_reflection(names, self._server)
+        self._reaper: asyncio.Task[None] | None = None
+
+    async def start(self, address: str) -> int:
+        """Starts serving; returns the port, which is a free one if the address names port 0.
+
+        Raises:
+            InvalidInputError: If the address cannot be bound.
+        """
+        try:
+            port = self._server.add_insecure_port(address)
+        except RuntimeError as error:
+            raise InvalidInputError(f"cannot listen on {address}: {error}") from error
+        await self._server.start()
+        await self._set_health(health_pb2.HealthCheckResponse.SERVING)
+        self._reaper = asyncio.create_task(self._reap())
+        return port
+
+    async def drain(self, timeout_s: float) -> None:
+        """Refuses new work, lets what is under way finish, then stops.
+
+        Args:
+            timeout_s: How long clients may take to send the backwards and steps that are open.
+        """
+        logger.info("draining", extra={"sessions": len(self._registry)})
+        self._registry.draining = True
+        await self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING)
+        deadline = time.monotonic() + timeout_s
+        while time.monotonic() < deadline and not self._quiet:
+            await asyncio.sleep(0.05)
+        self._servicer.end_all("the trunk is shutting down")
+        await self._server.stop(grace=2.0)
+        if self._reaper is not None:
+            self._reaper.cancel()
+        await asyncio.to_thread(self._registry.scheduler.stop)
+        logger.info("stopped")
+
+    @property
+    def _quiet(self) -> bool:
+        return self._registry.scheduler.idle and not self._registry.holds_state
+
+    async def _reap(self) -> None:
+        while True:
+            await asyncio.sleep(_REAP_INTERVAL_S)
+            self._servicer.end_expired()
+            self._registry.free_expired_requests()
+
+    async def _set_health(self, status: health_pb2.HealthCheckResponse.ServingStatus) -> None:
+        for name in ("", SERVICE_NAME):
+            await self._health.set(name, status)

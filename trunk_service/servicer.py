@@ -1,0 +1,88 @@
+"""The gRPC service: ``GetInfo`` and the session stream, on asyncio.
+
+Frames pass as raw bytes: our codec reads and writes them (see :mod:`shared.wire.frames`), so a
+malformed one is answered by us and not by gRPC.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator
+
+import grpc
+
+from shared.errors import ProtocolError
+from shared.pb.trunkline.v1 import trunk_pb2 as pb
+from trunk_service import translate
+from trunk_service.registry import SessionRegistry
+from trunk_service.stream import SessionStream
+
+logger = logging.getLogger(__name__)
+
+SERVICE_NAME = pb.DESCRIPTOR.services_by_name["TrunkService"].full_name
+
+
+class TrunkServicer:
+    """Serves sessions from a registry, and ends their streams when leases or the trunk end."""
+
+    def __init__(self, registry: SessionRegistry) -> None:
+        self._registry = registry
+        self._streams: dict[SessionStream, asyncio.Task[None]] = {}
+        self._endings: dict[SessionStream, tuple[grpc.StatusCode, str]] = {}
+
+    def handler(self) -> grpc.GenericRpcHandler:
+        """The service's methods, as gRPC wants them registered."""
+        return grpc.method_handlers_generic_handler(
+            SERVICE_NAME,
+            {
+                "GetInfo": grpc.unary_unary_rpc_method_handler(
+                    self.get_info,
+                    request_deserializer=pb.GetInfoRequest.FromString,
+                    response_serializer=pb.GetInfoResponse.SerializeToString,
+                ),
+                "Session": grpc.stream_stream_rpc_method_handler(self.session),
+            },
+        )
+
+    async def get_info(
+        self, request: pb.GetInfoRequest, context: grpc.aio.ServicerContext[object, object]
+    ) -> pb.GetInfoResponse:
+        """Answers what this trunk serves and accepts."""
+        return translate.info_response(self._registry.trunk.info, self._registry.limits)
+
+    async def session(
+        self, frames: AsyncIterator[bytes], context: grpc.aio.ServicerContext[object, object]
+    ) -> None:
+        """Serves one session's stream."""
+        stream = SessionStream(self._registry, context.write)
+        serving = asyncio.create_task(stream.serve(frames))
+        self._streams[stream] = serving
+        try:
+            await serving
+        except ProtocolError as error:
+            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error))
+        except asyncio.CancelledError:
+            if stream not in self._endings:
+                raise
+            await context.abort(*self._endings.pop(stream))
+        finally:
+            serving.cancel()
+            self._streams.pop(stream, None)
+
+    def end_expired(self) -> None:
+        """Ends the streams whose sessions were silent for too long."""
+        lease_s = self._registry.limits.session_lease_s
+        for stream in list(self._streams):
+            if stream.lease_is_over:
+                why = f"the session was silent for more than its lease of {lease_s:g} s"
+                self._end(stream, grpc.StatusCode.ABORTED, why)
+
+    def end_all(self, why: str) -> None:
+        """Ends every stream because the trunk goes away."""
+        for stream in list(self._streams):
+            self._end(stream, grpc.StatusCode.UNAVAILABLE, why)
+
+    def _end(self, stream: SessionStream, code: grpc.StatusCode, why: str) -> None:
+        self._endings[stream] = code, why
+        self._streams[stream].cancel()

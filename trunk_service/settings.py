@@ -1,0 +1,98 @@
+"""Settings of the trunk daemon: flags, then environment (``TRUNKD_…``), then a file."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field
+from pydantic_settings import (
+    BaseSettings,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+    TomlConfigSettingsSource,
+)
+
+from shared.errors import InvalidInputError
+from trunk_service.limits import Limits
+
+_LIMITS = Limits()
+
+
+class TrunkSettings(BaseSettings):
+    """Serve the middle blocks of a language model to clients that hold its two ends."""
+
+    model_config = SettingsConfigDict(
+        frozen=True,
+        extra="forbid",
+        env_prefix="TRUNKD_",
+        cli_prog_name="trunkd",
+        cli_kebab_case=True,
+        cli_implicit_flags=True,
+        use_attribute_docstrings=True,
+        protected_namespaces=(),
+    )
+
+    model: str = ""
+    """Folder (whole or split layout) or hub id; without it, the bundled model."""
+    split: str = "2:10"
+    """Blocks START:END that live here: START .. END - 1."""
+    listen: str = "127.0.0.1:50052"
+    """HOST:PORT to serve on; port 0 takes a free one."""
+    device: str = "cpu"
+    """Torch device to compute on."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """What base weights are held and computed in."""
+    workers: int = Field(default=1, ge=1)
+    """Compute threads; sessions beyond their number take turns."""
+    threads: int = Field(default=0, ge=0)
+    """Threads torch uses inside one request; 0 takes all cores, shared among the workers."""
+    adaptive: bool = False
+    """Vary threads with the load: faster for many tenants, no longer bitwise reproducible."""
+    ready_file: Path | None = None
+    """Receives JSON with the address once the daemon serves."""
+    reflection: bool = False
+    """Serve gRPC reflection."""
+    drain_timeout_s: float = Field(default=30.0, ge=0)
+    """How long SIGTERM waits for open backwards and steps."""
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+    """Least severe log records written."""
+    max_tokens_per_request: int = Field(default=_LIMITS.max_tokens_per_request, ge=1)
+    """Most batch rows times tokens in one forward."""
+    max_adapter_rank: int = Field(default=_LIMITS.max_adapter_rank, ge=1)
+    """Largest adapter rank a tenant may ask for."""
+    max_adapter_parameters: int = Field(default=_LIMITS.max_adapter_parameters, ge=1)
+    """Most trainable numbers of one tenant."""
+    held_bytes: int = Field(default=_LIMITS.held_bytes, ge=1)
+    """Autograd state and caches of all sessions."""
+    session_held_bytes: int = Field(default=_LIMITS.session_held_bytes, ge=1)
+    """Autograd state and caches of one session."""
+    max_sessions: int = Field(default=_LIMITS.max_sessions, ge=1)
+    """Most sessions at once."""
+    held_lease_s: float = Field(default=_LIMITS.held_lease_s, gt=0)
+    """Seconds until a forward without a backward is freed."""
+    session_lease_s: float = Field(default=_LIMITS.session_lease_s, gt=0)
+    """Seconds until a silent session is freed."""
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """Reads a TOML file last, if ``TRUNKD_CONFIG`` names one."""
+        sources = [init_settings, env_settings]
+        if file := os.environ.get("TRUNKD_CONFIG"):
+            if not Path(file).is_file():
+                raise InvalidInputError(f"TRUNKD_CONFIG={file}: no such file")
+            sources.append(TomlConfigSettingsSource(settings_cls, toml_file=file))
+        return tuple(sources)
+
+    def limits(self) -> Limits:
+        """What tenants may use."""
+        names: Any = Limits.__dataclass_fields__
+        return Limits(**{n: getattr(self, n) for n in names if hasattr(self, n)})

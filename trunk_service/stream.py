@@ -1,0 +1,243 @@
+"""One session's stream: frames in, answers out, every failure of a request inside the stream."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from typing import Any
+
+import torch
+
+from shared.errors import (
+    DrainingError,
+    ProtocolError,
+    ResourceExhaustedError,
+    TrunkInternalError,
+    TrunklineError,
+)
+from shared.pb.trunkline.v1 import trunk_pb2 as pb
+from shared.wire.error_codes import to_message
+from shared.wire.messages import Inbox, Incoming, to_frames
+from trunk_service import translate
+from trunk_service.registry import OpenSession, SessionRegistry
+from trunk_service.session import TenantSession
+
+logger = logging.getLogger(__name__)
+
+Send = Callable[[bytes], Awaitable[None]]
+Answer = tuple[pb.SessionResponse, Mapping[str, torch.Tensor]]
+
+_NEW_WORK = frozenset({"open", "forward", "restore"})
+
+
+class SessionStream:
+    """Serves one stream from its first frame to its last.
+
+    Args:
+        registry: Where sessions live.
+        send: Writes one frame to the client.
+    """
+
+    def __init__(self, registry: SessionRegistry, send: Send) -> None:
+        self._registry = registry
+        self._send = send
+        self._write_lock = asyncio.Lock()
+        self._in_flight = asyncio.Semaphore(registry.limits.max_requests_in_flight)
+        self._session: OpenSession | None = None
+        self._last_id = 0
+        self._tasks: set[asyncio.Task[None]] = set()
+        info, limits = registry.trunk.info, registry.limits
+
+        def cap(message: pb.SessionRequest) -> int:
+            return translate.max_tensor_bytes(message, info, limits)
+
+        widest = cap(pb.SessionRequest(forward=pb.Forward()))
+        self._inbox = Inbox(pb.SessionRequest, cap, max_open_bytes=2 * widest)
+
+    async def serve(self, frames: AsyncIterator[bytes]) -> None:
+        """Reads frames until the client ends the stream, then frees the session.
+
+        Raises:
+            ProtocolError: If a frame is no message at all: the stream cannot go on.
+        """
+        try:
+            async for raw in frames:
+                incoming = self._inbox.feed(raw)
+                if self._session is not None:
+                    self._session.touch()
+                if incoming is not None:
+                    await self._begin(incoming)
+            await asyncio.gather(*self._tasks)
+        finally:
+            for task in self._tasks:
+                task.cancel()
+            await self._close()
+
+    @property
+    def lease_is_over(self) -> bool:
+        """True when the client was silent for longer than its session's lease."""
+        return self._session is not None and self._session in self._registry.expired()
+
+    async def _begin(self, incoming: Incoming[pb.SessionRequest]) -> None:
+        """Starts a request; waits while as many as are allowed are under way."""
+        await self._in_flight.acquire()
+        message = incoming.message
+        error = incoming.error or self._refusal(message)
+        self._last_id = max(self._last_id, message.id)
+        if error is not None or message.WhichOneof("body") == "open":
+            # Nothing of the session can start before it is open, so this is not run beside.
+            await self._answer(incoming, error)
+            return
+        task = asyncio.create_task(self._answer(incoming, None))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        await asyncio.sleep(0)  # lets the task reach the scheduler, so requests keep their order
+
+    def _refusal(self, message: pb.SessionRequest) -> TrunklineError | None:
+        kind = message.WhichOneof("body")
+        if message.id <= self._last_id:
+            return ProtocolError(f"message id {message.id} after {self._last_id}: ids only grow")
+        if (self._session is None) != (kind == "open"):
+            return ProtocolError(f"{kind} came {'before' if kind != 'open' else 'after an'} open")
+        if self._registry.draining and kind in _NEW_WORK:
+            return DrainingError(f"the trunk is shutting down and takes no new {kind}")
+        return None
+
+    async def _answer(
+        self, incoming: Incoming[pb.SessionRequest], error: TrunklineError | None
+    ) -> None:
+        message = incoming.message
+        try:
+            if error is not None:
+                raise error
+            response, tensors = await self._handle(message, incoming.tensors)
+        except TrunklineError as refused:
+            response, tensors = pb.SessionResponse(error=to_message(refused)), {}
+            self._log(logging.INFO, message, f"refused: {type(refused).__name__}: {refused}")
+        except (MemoryError, torch.OutOfMemoryError) as exhausted:
+            spent = ResourceExhaustedError(f"no memory for this request ({exhausted})")
+            response, tensors = pb.SessionResponse(error=to_message(spent)), {}
+            self._log(logging.WARNING, message, "no memory for a request")
+        except Exception:
+            failure = TrunkInternalError(f"message {message.id} failed; see the trunk's log")
+            response, tensors = pb.SessionResponse(error=to_message(failure)), {}
+            self._log(logging.ERROR, message, "request failed", exc_info=True)
+        finally:
+            self._in_flight.release()
+        response.id = message.id
+        await self._write(response, tensors)
+
+    async def _handle(
+        self, message: pb.SessionRequest, tensors: dict[str, torch.Tensor]
+    ) -> Answer:
+        kind = message.WhichOneof("body")
+        if kind == "open":
+            return await self._open(message.open)
+        assert self._session is not None and kind is not None
+        work = _HANDLERS[kind]
+        tenant, body = self._session.tenant, getattr(message, kind)
+        scheduler = self._registry.scheduler
+        submitted = scheduler.submit(
+            self._session.session_id, lambda: work(tenant, body, tensors)
+        )
+        return await asyncio.wrap_future(submitted)
+
+    async def _open(self, body: pb.Open) -> Answer:
+        opened = self._registry.open(translate.open_request(body))
+        try:
+            self._session = await asyncio.wrap_future(opened)
+        except asyncio.CancelledError:
+            opened.add_done_callback(self._registry.close_late)
+            raise
+        tenant = self._session.tenant
+        logger.info(
+            "session opened",
+            extra={
+                "session": self._session.session_id,
+                "trainable_parameters": tenant.trainable_parameters,
+            },
+        )
+        result = pb.OpenResult(
+            session_id=self._session.session_id,
+            trainable_parameters=tenant.trainable_parameters,
+        )
+        return pb.SessionResponse(open=result), {}
+
+    async def _close(self) -> None:
+        if self._session is None:
+            return
+        session, self._session = self._session, None
+        await asyncio.shield(asyncio.wrap_future(self._registry.close(session)))
+        logger.info("session closed", extra={"session": session.session_id})
+
+    async def _write(
+        self, response: pb.SessionResponse, tensors: Mapping[str, torch.Tensor]
+    ) -> None:
+        # One message's frames may interleave with another's, one frame's bytes may not.
+        for frame in to_frames(response, tensors):
+            async with self._write_lock:
+                await self._send(frame)
+
+    def _log(self, level: int, message: pb.SessionRequest, text: str, **kwargs: Any) -> None:
+        body = getattr(message, message.WhichOneof("body") or "open")
+        extra = {
+            "session": self._session.session_id if self._session else None,
+            "message_id": message.id,
+            "request": getattr(body, "request_id", None),
+        }
+        logger.log(level, text, extra=extra, **kwargs)
+
+
+def _forward(tenant: TenantSession, body: pb.Forward, tensors: translate.Tensors) -> Answer:
+    answer = tenant.forward(translate.forward_request(body, tensors))
+    response = pb.SessionResponse(forward=translate.forward_result(answer))
+    return response, {"hidden_states": answer.hidden_BTD}
+
+
+def _backward(tenant: TenantSession, body: pb.Backward, tensors: translate.Tensors) -> Answer:
+    answer = tenant.backward(translate.backward_request(body, tensors))
+    result = pb.BackwardResult(gradient_norm=answer.gradient_norm)
+    gradient = {} if answer.gradient_BTD is None else {"gradient": answer.gradient_BTD}
+    return pb.SessionResponse(backward=result), gradient
+
+
+def _step(tenant: TenantSession, body: pb.Step, tensors: translate.Tensors) -> Answer:
+    answer = tenant.step(translate.step_request(body))
+    result = pb.StepResult(
+        committed_step=answer.committed_step, gradient_norm=answer.gradient_norm
+    )
+    return pb.SessionResponse(step=result), {}
+
+
+def _release(tenant: TenantSession, body: pb.Release, tensors: translate.Tensors) -> Answer:
+    tenant.release(list(body.request_ids), list(body.cache_ids))
+    return pb.SessionResponse(release=pb.ReleaseResult()), {}
+
+
+def _snapshot(tenant: TenantSession, body: pb.Snapshot, tensors: translate.Tensors) -> Answer:
+    sent: dict[str, torch.Tensor] = {}
+    if pb.SNAPSHOT_PART_ADAPTER in body.parts:
+        sent.update({f"adapter/{n}": t for n, t in tenant.adapter().items()})
+    if pb.SNAPSHOT_PART_GRADIENTS in body.parts:
+        sent.update({f"gradient/{n}": t for n, t in tenant.adapter_gradients().items()})
+    result = pb.SnapshotResult(
+        peft_config_json=tenant.adapter_config_json(),
+        committed_step=tenant.committed_step,
+    )
+    return pb.SessionResponse(snapshot=result), sent
+
+
+def _restore(tenant: TenantSession, body: pb.Restore, tensors: translate.Tensors) -> Answer:
+    tenant.restore(translate.adapter_tensors(tensors))
+    return pb.SessionResponse(restore=pb.RestoreResult()), {}
+
+
+_HANDLERS: dict[str, Callable[[TenantSession, Any, translate.Tensors], Answer]] = {
+    "forward": _forward,
+    "backward": _backward,
+    "step": _step,
+    "release": _release,
+    "snapshot": _snapshot,
+    "restore": _restore,
+}

@@ -1,0 +1,149 @@
+"""The trunk's blocks: one copy of the base weights, one module tree a tenant."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from shared.adapters.config import config_from_json, largest_rank
+from shared.adapters.wrap import wrap
+from shared.errors import AdapterError, ModelMismatchError
+from shared.models import SplitRange, get_part_class, load_part, open_checkpoint
+from shared.models.digest import weight_digest
+from trunk_service.limits import Limits
+from trunk_service.requests import OpenRequest
+
+
+@dataclass(frozen=True)
+class TrunkInfo:
+    """What a trunk serves."""
+
+    model_type: str
+    num_layers: int
+    split: SplitRange
+    hidden_size: int
+    max_positions: int
+    dtype: torch.dtype
+    weight_digest: str
+
+
+class Trunk:
+    """The middle blocks of a model, shared by every tenant.
+
+    Args:
+        part: A trunk part; its parameters are frozen here and never change afterwards.
+        info: What it is.
+    """
+
+    def __init__(self, part: Any, info: TrunkInfo) -> None:
+        self.info = info
+        self._part = part.requires_grad_(False).eval()
+
+    @classmethod
+    def load(
+        cls,
+        model: str | Path,
+        split: SplitRange,
+        device: torch.device,
+        dtype: torch.dtype,
+    ) -> Trunk:
+        """Loads the trunk's blocks of a whole or split checkpoint; nothing of the ends.
+
+        Raises:
+            CheckpointError: If the model cannot be read.
+            SplitError: If the split does not fit it.
+        """
+        checkpoint = open_checkpoint(model)
+        config = checkpoint.config
+        split.check(config.num_hidden_layers)
+        part_class = get_part_class(config.model_type, "trunk")
+        part = load_part(
+            part_class, checkpoint, start_layer=split.start, end_layer=split.end, dtype=dtype
+        )
+        info = TrunkInfo(
+            model_type=config.model_type,
+            num_layers=config.num_hidden_layers,
+            split=split,
+            hidden_size=config.hidden_size,
+            max_positions=config.max_position_embeddings,
+            dtype=dtype,
+            weight_digest=weight_digest(checkpoint, split),
+        )
+        return cls(part.to(device), info)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return next(self._part.parameters()).device
+
+    def check(self, request: OpenRequest) -> None:
+        """Refuses a client that holds another model.
+
+        Raises:
+            ModelMismatchError: Names both splits or both digests.
+        """
+        asked = SplitRange(request.start_layer, request.end_layer)
+        if asked != self.info.split:
+            raise ModelMismatchError(
+                f"the client is split {asked}, this trunk serves {self.info.split} of a "
+                f"{self.info.model_type} with {self.info.num_layers} blocks"
+            )
+        if request.weight_digest and request.weight_digest != self.info.weight_digest:
+            raise ModelMismatchError(
+                f"the client expects trunk weights {request.weight_digest[:16]}…, this trunk "
+                f"serves {self.info.weight_digest[:16]}…: another checkpoint"
+            )
+
+    def new_model(self, request: OpenRequest, limits: Limits) -> Any:
+        """Makes a tenant's own model around the shared weights.
+
+        The module tree is the tenant's (its adapter, its training mode, its dropout), the base
+        parameters are everyone's.
+
+        Raises:
+            AdapterError: If the adapter is refused, or larger than the limits allow.
+        """
+        shared: tuple[torch.Tensor, ...] = (*self._part.parameters(), *self._part.buffers())
+        model = copy.deepcopy(self._part, {id(tensor): tensor for tensor in shared})
+        if request.dropout is not None:
+            set_dropout(model, request.dropout)
+        if request.peft_config_json:
+            model = self._with_adapter(model, request, limits)
+        return model
+
+    def _with_adapter(self, model: Any, request: OpenRequest, limits: Limits) -> Any:
+        config = config_from_json(request.peft_config_json)
+        if (rank := largest_rank(config)) > limits.max_adapter_rank:
+            raise AdapterError(
+                f"adapter rank {rank}; this trunk accepts up to {limits.max_adapter_rank}"
+            )
+        wrapped = wrap(model, config, request.seed, "trunk")
+        count = sum(p.numel() for p in wrapped.parameters() if p.requires_grad)
+        if count > limits.max_adapter_parameters:
+            raise AdapterError(
+                f"adapter of {count} parameters; this trunk accepts up to "
+                f"{limits.max_adapter_parameters}"
+            )
+        return wrapped
+
+
+def set_dropout(model: nn.Module, probability: float) -> None:
+    """Sets the probability of a model's own dropout layers (before an adapter adds its own)."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = probability
+        if hasattr(module, "attention_dropout"):
+            module.attention_dropout = probability
+
+
+def draws_dropout(model: nn.Module) -> bool:
+    """Tells whether a forward in training mode draws random numbers."""
+    return any(
+        (isinstance(m, nn.Dropout) and m.p > 0) or getattr(m, "attention_dropout", 0.0) > 0
+        for m in model.modules()
+    )

@@ -1,0 +1,87 @@
+"""What a forward's and a backward's tensors must be, checked before anything is computed."""
+
+from __future__ import annotations
+
+import torch
+
+from shared.errors import TensorError
+from trunk_service.requests import ForwardRequest
+from trunk_service.trunk import TrunkInfo
+
+
+def check_forward(
+    request: ForwardRequest,
+    info: TrunkInfo,
+    wire_dtype: torch.dtype,
+    max_tokens: int,
+    cached_tokens: int,
+) -> None:
+    """Refuses hidden states, masks and positions that the trunk cannot compute on.
+
+    Args:
+        request: What the tenant sent.
+        info: The trunk's model.
+        wire_dtype: The session's dtype.
+        max_tokens: Most batch rows times tokens.
+        cached_tokens: Tokens already in the cache that is extended.
+
+    Raises:
+        TensorError: Names the tensor, what was given and what is accepted.
+    """
+    check_values("hidden_states", request.hidden_BTD, wire_dtype, info.hidden_size)
+    batch, tokens, _ = request.hidden_BTD.shape
+    total = cached_tokens + tokens
+    if batch * tokens > max_tokens:
+        raise TensorError(
+            f"hidden_states hold {batch} x {tokens} tokens; this trunk accepts {max_tokens}"
+        )
+    if total > info.max_positions:
+        raise TensorError(
+            f"{total} tokens are too long: the model has {info.max_positions} positions"
+        )
+    if request.attention_mask is not None:
+        _check_mask(request.attention_mask, batch, tokens, total)
+    if request.position_ids is not None:
+        _check_positions(request.position_ids, batch, tokens, info.max_positions)
+
+
+def check_values(name: str, tensor: torch.Tensor, dtype: torch.dtype, hidden_size: int) -> None:
+    """Refuses what is not a finite [B, T, D] tensor of the session's dtype.
+
+    Raises:
+        TensorError: Names what was given and what is accepted.
+    """
+    shape = tuple(tensor.shape)
+    if len(shape) != 3 or 0 in shape:
+        raise TensorError(f"{name} has shape {shape}; accepted: [batch, tokens, {hidden_size}]")
+    if shape[2] != hidden_size:
+        raise TensorError(f"{name} has hidden size {shape[2]}; the model's is {hidden_size}")
+    if tensor.dtype != dtype:
+        raise TensorError(f"{name} is {tensor.dtype}; this session agreed on {dtype}")
+    if not bool(torch.isfinite(tensor).all()):
+        raise TensorError(f"{name} holds NaN or Inf")
+
+
+def _check_mask(mask: torch.Tensor, batch: int, tokens: int, total: int) -> None:
+    flat, full = (batch, total), (batch, 1, tokens, total)
+    shape = tuple(mask.shape)
+    if shape == flat and not mask.is_floating_point():
+        return
+    # A four-dimensional mask may be additive: then it is floating point and holds -Inf.
+    if shape == full and not bool(torch.isnan(mask).any()):
+        return
+    raise TensorError(
+        f"attention_mask is {mask.dtype} {shape}; accepted: whole numbers or bool "
+        f"{list(flat)}, or {list(full)}"
+    )
+
+
+def _check_positions(positions: torch.Tensor, batch: int, tokens: int, limit: int) -> None:
+    shape = tuple(positions.shape)
+    if shape not in ((batch, tokens), (1, tokens)) or positions.dtype != torch.int64:
+        raise TensorError(
+            f"position_ids are {positions.dtype} {shape}; accepted: int64 "
+            f"[{batch}, {tokens}] or [1, {tokens}]"
+        )
+    if int(positions.min()) < 0 or int(positions.max()) >= limit:
+        raise TensorError(f"position_ids are not all within 0 .. {limit - 1}")
