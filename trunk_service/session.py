@@ -23,6 +23,7 @@ from shared.errors import (
     StepConflictError,
     TensorError,
 )
+from shared.models.dropout import draws_dropout
 from shared.seeding import keyed_generator
 from trunk_service.budget import ByteBudget
 from trunk_service.caches import KeyValueCaches
@@ -40,7 +41,7 @@ from trunk_service.requests import (
     StepAnswer,
     StepRequest,
 )
-from trunk_service.trunk import Trunk, draws_dropout
+from trunk_service.trunk import Trunk
 from trunk_service.validation import check_forward, check_values
 
 

@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from shared.adapters.config import config_from_json, largest_rank
 from shared.adapters.wrap import wrap
 from shared.errors import AdapterError, ModelMismatchError
 from shared.models import SplitRange, get_part_class, load_part, open_checkpoint
 from shared.models.digest import weight_digest
+from shared.models.dropout import set_dropout
 from trunk_service.limits import Limits
 from trunk_service.requests import OpenRequest
 
@@ -130,20 +130,3 @@ class Trunk:
                 f"{limits.max_adapter_parameters}"
             )
         return wrapped
-
-
-def set_dropout(model: nn.Module, probability: float) -> None:
-    """Sets the probability of a model's own dropout layers (before an adapter adds its own)."""
-    for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = probability
-        if hasattr(module, "attention_dropout"):
-            module.attention_dropout = probability
-
-
-def draws_dropout(model: nn.Module) -> bool:
-    """Tells whether a forward in training mode draws random numbers."""
-    return any(
-        (isinstance(m, nn.Dropout) and m.p > 0) or getattr(m, "attention_dropout", 0.0) > 0
-        for m in model.modules()
-    )

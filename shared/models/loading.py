@@ -78,7 +78,8 @@ def _read(
     checkpoint: Checkpoint, name: str, like: torch.Tensor, dtype: torch.dtype
 ) -> torch.Tensor:
     stored_name = name
-    if name == LM_HEAD and name not in checkpoint:
+    tied = checkpoint.config.tie_word_embeddings
+    if name == LM_HEAD and name not in checkpoint and tied:
         stored_name = checkpoint.family.embedding_key
     stored = checkpoint.read(stored_name)
     if stored.shape != like.shape:

@@ -1,0 +1,29 @@
+"""The client: bottom, top, labels and loss, with the trunk's blocks somewhere else."""
+
+from typing import TYPE_CHECKING, Any
+
+from shared.openmp import wait_passively
+
+wait_passively()
+
+if TYPE_CHECKING:
+    from client_service.peft_trainer import PEFTSplitLearningTrainer
+    from client_service.split_model import SplitModelForCausalLM
+    from client_service.training_client import TrainingClient
+
+__all__ = ["PEFTSplitLearningTrainer", "SplitModelForCausalLM", "TrainingClient"]
+
+_HOMES = {
+    "PEFTSplitLearningTrainer": "client_service.peft_trainer",
+    "SplitModelForCausalLM": "client_service.split_model",
+    "TrainingClient": "client_service.training_client",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Loads a public class when it is first used: torch and transformers take seconds."""
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib import import_module
+
+    return getattr(import_module(_HOMES[name]), name)
