@@ -151,6 +151,7 @@ def _with_hole(
     setattr(base, family.layers, GlobalLayers([*below, *above]))
     fill(model, checkpoint, dtype)
     model.tie_weights()
+    model.loss_type = "ForCausalLM"  # what transformers falls back to, with a warning
     setattr(base, family.layers, GlobalLayers([*below, ("remote", block), *above]))
     block.watch_mask(base)
     if dropout is not None:

@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 from pydantic_settings import (
     BaseSettings,
     PydanticBaseSettingsSource,
@@ -74,6 +74,14 @@ class TrunkSettings(BaseSettings):
     """Seconds until a forward without a backward is freed."""
     session_lease_s: float = Field(default=_LIMITS.session_lease_s, gt=0)
     """Seconds until a silent session is freed."""
+
+    @field_validator("listen")
+    @classmethod
+    def _host_and_port(cls, value: str) -> str:
+        host, _, port = value.rpartition(":")
+        if not host or not port.isdigit() or int(port) > 65535:
+            raise ValueError(f"{value!r} is not HOST:PORT with a port from 0 to 65535")
+        return value
 
     @classmethod
     def settings_customise_sources(

@@ -21,6 +21,8 @@ from transformers.models.qwen2.modeling_qwen2 import (
 
 from shared.errors import CheckpointError
 
+_LLAMA_LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
 LayerFix = Callable[[nn.Module, int, int], None]
 
 
@@ -53,6 +55,8 @@ class Family:
     layers: str
     embedding: str
     norm: str
+    linear_layers: tuple[str, ...]
+    """Names of the blocks' linear layers: what LoRA targets unless told otherwise."""
     zeroed: tuple[str, ...] = ()
     """Modules whose output is added to the embeddings: nothing is added outside the bottom."""
     identity: tuple[str, ...] = ()
@@ -84,6 +88,7 @@ FAMILIES: dict[str, Family] = {
             layers="h",
             embedding="wte",
             norm="ln_f",
+            linear_layers=("c_attn", "c_fc", "c_proj"),
             zeroed=("wpe",),
             identity=("drop",),
             fix_layer=_rescale_gpt2_attention,
@@ -98,6 +103,7 @@ FAMILIES: dict[str, Family] = {
             layers="layers",
             embedding="embed_tokens",
             norm="norm",
+            linear_layers=_LLAMA_LINEAR,
         ),
         Family(
             "qwen2",
@@ -108,6 +114,7 @@ FAMILIES: dict[str, Family] = {
             layers="layers",
             embedding="embed_tokens",
             norm="norm",
+            linear_layers=_LLAMA_LINEAR,
         ),
     )
 }

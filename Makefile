@@ -1,0 +1,54 @@
+PYTHON ?= python3
+# More flags for pip, such as --extra-index-url https://download.pytorch.org/whl/cpu
+PIP_FLAGS ?=
+BIN := .venv/bin
+READY := .venv/.ready
+PARTS := shared trunk_service client_service
+
+demo test test-slow bench: export OMP_WAIT_POLICY = PASSIVE
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test test-slow lint types proto proto-check bench up down
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+setup: $(READY) ## make .venv with the pinned versions
+
+$(READY): pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --disable-pip-version-check $(PIP_FLAGS) -c constraints.txt -e '.[dev]'
+	@touch $@
+
+demo: $(READY) ## fine-tune the bundled model through a trunk, into runs/demo
+	$(BIN)/trunkline demo --out runs/demo
+
+test: $(READY) ## run the tests that are not slow
+	$(BIN)/pytest -m "not slow"
+
+test-slow: $(READY) ## run the slow tests
+	$(BIN)/pytest -m slow
+
+lint: $(READY) ## check style, import direction and docstrings
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports
+	scripts/check_docstrings.sh $(PARTS)
+
+types: $(READY) ## check the types
+	$(BIN)/mypy
+
+proto: $(READY) ## regenerate the stubs in shared/pb
+	scripts/make_stubs.sh .
+
+proto-check: $(READY) ## fail if the stubs in shared/pb are not what the proto gives
+	scripts/check_stubs.sh
+
+bench: $(READY) ## run the benchmarks
+	$(BIN)/python -m benchmarks
+
+up: ## build the images; start a trunk and a client that trains through it
+	docker compose up --build -d
+
+down: ## stop and remove the containers
+	docker compose down

@@ -1,0 +1,145 @@
+"""``trunkline split``, ``eval``, ``generate``, ``verify`` and ``info``."""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from google.protobuf.json_format import MessageToDict
+
+from client_service.cli import app
+from client_service.cli.options import (
+    DEFAULT_TRUNK,
+    AdapterOption,
+    BatchSizeOption,
+    ModelOption,
+    SeedOption,
+    SeqLenOption,
+    ThreadsOption,
+    TrunkOption,
+    load_tokenizer,
+    model_or_bundled,
+    prepare,
+    read_peft_config,
+    show,
+)
+from client_service.connection import get_info, open_channel
+from client_service.data import batches, read_texts, token_blocks
+from client_service.session import CONNECT_TIMEOUT_S
+from client_service.split_model import SplitModelForCausalLM
+from client_service.training import mean_loss
+from client_service.verify import VerifyPlan, verify
+from shared.bundled import private_heldout_file, private_train_file
+from shared.models import SplitRange
+from shared.models.split_layout import write_split_layout
+
+
+@app.command("split")
+def split_command(
+    out: Annotated[Path, typer.Option(help="Folder to write bottom/, trunk/ and top/ to.")],
+    model: ModelOption = "",
+    split: Annotated[str, typer.Option(help="START:END of the trunk's blocks.")] = "2:10",
+) -> None:
+    """Write a model as three parts, each for its own side."""
+    prepare(0)
+    written = write_split_layout(model_or_bundled(model), SplitRange.parse(split), out)
+    show({role: str(path) for role, path in written.items()})
+
+
+@app.command("info")
+def info_command(trunk: TrunkOption = DEFAULT_TRUNK) -> None:
+    """Show what a trunk serves and accepts."""
+    with open_channel(trunk) as channel:
+        info = get_info(channel, trunk, CONNECT_TIMEOUT_S)
+    show(MessageToDict(info, preserving_proto_field_name=True))
+
+
+@app.command("eval")
+def eval_command(
+    model: ModelOption = "",
+    trunk: TrunkOption = DEFAULT_TRUNK,
+    data: Annotated[
+        Path | None, typer.Option(help="Text to score; default: the bundled held-out notes.")
+    ] = None,
+    adapter: AdapterOption = None,
+    batch_size: BatchSizeOption = 8,
+    seq_len: SeqLenOption = 128,
+    threads: ThreadsOption = 0,
+) -> None:
+    """Print loss and perplexity on a text, through the split."""
+    prepare(threads)
+    model = model_or_bundled(model)
+    texts = read_texts(data or private_heldout_file())
+    blocks = token_blocks(texts, load_tokenizer(model), seq_len)
+    split = SplitModelForCausalLM.from_pretrained(model, trunk, adapter=adapter)
+    loss = mean_loss(split, blocks, batch_size)
+    split.remote_trunk.close()
+    show({"loss": loss, "perplexity": math.exp(loss), "tokens": blocks.numel()})
+
+
+@app.command("generate")
+def generate_command(
+    prompt: Annotated[str, typer.Option(help="Text to continue; - reads standard input.")],
+    model: ModelOption = "",
+    trunk: TrunkOption = DEFAULT_TRUNK,
+    adapter: AdapterOption = None,
+    max_new_tokens: Annotated[int, typer.Option(help="At most.", min=1)] = 64,
+    temperature: Annotated[float, typer.Option(help="0 takes the likeliest token.", min=0)] = 0.0,
+    top_k: Annotated[int, typer.Option(help="Sample from the k likeliest; 0: all.", min=0)] = 0,
+    num_beams: Annotated[int, typer.Option(help="Beam search.", min=1)] = 1,
+    seed: SeedOption = 0,
+    threads: ThreadsOption = 0,
+) -> None:
+    """Continue a text, through the split."""
+    prepare(threads)
+    model = model_or_bundled(model)
+    tokenizer = load_tokenizer(model)
+    inputs = tokenizer(sys.stdin.read() if prompt == "-" else prompt, return_tensors="pt")
+    split = SplitModelForCausalLM.from_pretrained(model, trunk, adapter=adapter)
+    torch.manual_seed(seed)
+    options: dict[str, Any] = {"num_beams": num_beams, "do_sample": temperature > 0}
+    if temperature > 0:
+        options.update(temperature=temperature, top_k=top_k)
+    output = split.generate(**inputs, max_new_tokens=max_new_tokens, **options)
+    split.remote_trunk.close()
+    typer.echo(tokenizer.decode(output[0], skip_special_tokens=True))
+
+
+@app.command("verify")
+def verify_command(
+    model: ModelOption = "",
+    trunk: TrunkOption = DEFAULT_TRUNK,
+    steps: Annotated[int, typer.Option(help="Optimizer steps.", min=1)] = 20,
+    data: Annotated[
+        Path | None, typer.Option(help="Text to train on; default: the bundled notes.")
+    ] = None,
+    batch_size: BatchSizeOption = 4,
+    seq_len: SeqLenOption = 64,
+    seed: SeedOption = 0,
+    threads: ThreadsOption = 0,
+) -> None:
+    """Train split and whole from one adapter on one data order and print the differences.
+
+    Exits 1 if a difference is more than float32 rounding explains.
+    """
+    prepare(threads)
+    model = model_or_bundled(model)
+    texts = read_texts(data or private_train_file())
+    blocks = token_blocks(texts, load_tokenizer(model), seq_len)
+    config = read_peft_config("lora", None, model, 0.0)
+    ordered = batches(blocks, batch_size, seed)
+    found = verify(model, trunk, config, labelled(ordered), VerifyPlan(steps=steps), seed)
+    show(found.as_dict())
+    if not found.within_tolerance:
+        raise typer.Exit(1)
+
+
+def labelled(ordered: Iterator[torch.Tensor]) -> Iterator[dict[str, torch.Tensor]]:
+    """Batches as keyword arguments of a causal-LM forward."""
+    for input_ids in ordered:
+        yield {"input_ids": input_ids, "labels": input_ids}

@@ -1,0 +1,85 @@
+"""Options and set-up that several commands share."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from peft import LoraConfig, PeftConfig, TaskType
+from transformers import AutoTokenizer
+from transformers.utils import logging as transformers_logging
+
+from shared.adapters.config import config_from_json
+from shared.bundled import model_dir
+from shared.errors import AdapterError, CheckpointError
+from shared.models import open_checkpoint
+
+ModelOption = Annotated[
+    str, typer.Option(help="Model folder (whole or split) or hub id; default: the bundled model.")
+]
+TrunkOption = Annotated[str, typer.Option(help="HOST:PORT of the trunk.")]
+SeedOption = Annotated[int, typer.Option(help="Fixes adapters, data order and dropout.")]
+AdapterOption = Annotated[
+    Path | None, typer.Option(help="Folder of a PEFT adapter of the whole model to start from.")
+]
+ThreadsOption = Annotated[int, typer.Option(help="Torch threads of this process; 0: all cores.")]
+SeqLenOption = Annotated[int, typer.Option(help="Tokens of one block.", min=2)]
+BatchSizeOption = Annotated[int, typer.Option(help="Blocks of one batch.", min=1)]
+
+DEFAULT_TRUNK = "localhost:50052"
+
+
+def prepare(threads: int) -> None:
+    """Sets this process's threads and quiets transformers' progress bars."""
+    torch.set_num_threads(threads or len(os.sched_getaffinity(0)))
+    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
+
+
+def model_or_bundled(model: str) -> str:
+    """The model that was named, or the bundled one."""
+    return model or str(model_dir())
+
+
+def load_tokenizer(model: str) -> Any:
+    """The model's tokenizer.
+
+    Raises:
+        CheckpointError: If the folder has none.
+    """
+    try:
+        return AutoTokenizer.from_pretrained(model)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(
+            f"{model}: no tokenizer there ({str(error).splitlines()[0]})"
+        ) from error
+
+
+def read_peft_config(method: str, file: Path | None, model: str, dropout: float) -> PeftConfig:
+    """The configuration of ``--peft-config``, or a default one of the method ``--peft``.
+
+    Raises:
+        AdapterError: If the file is unreadable or the method unknown.
+    """
+    if file is not None:
+        if not file.is_file():
+            raise AdapterError(f"{file}: no such file")
+        return config_from_json(file.read_text(encoding="utf-8"))
+    if method.lower() != "lora":
+        raise AdapterError(f"--peft {method}: accepted: lora, or any file with --peft-config")
+    return LoraConfig(
+        task_type=TaskType.CAUSAL_LM,
+        r=8,
+        lora_alpha=16,
+        lora_dropout=dropout,
+        target_modules=list(open_checkpoint(model).family.linear_layers),
+    )
+
+
+def show(facts: dict[str, Any]) -> None:
+    """Prints JSON to standard output."""
+    typer.echo(json.dumps(facts, indent=2))

@@ -1,0 +1,118 @@
+"""An ordinary training loop: nothing in it knows that the model is split."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from transformers import get_scheduler
+
+
+@dataclass(frozen=True)
+class TrainingPlan:
+    """How to train."""
+
+    steps: int = 100
+    batch_size: int = 8
+    lr: float = 1e-3
+    weight_decay: float = 0.0
+    grad_clip: float = 1.0
+    """Largest global gradient norm; 0 does not clip."""
+    grad_accum: int = 1
+    """Batches of one optimizer step."""
+    schedule: str = "constant"
+    """A name of transformers' schedules: constant, linear, cosine …"""
+    warmup_steps: int = 0
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class StepMetrics:
+    """What one optimizer step did."""
+
+    step: int
+    loss: float
+    """Mean over the step's batches."""
+    grad_norm: float
+    """Global 2-norm before clipping, the trunk's part included."""
+    lr: float
+    tokens: int
+    bytes_sent: int
+    """By this step; 0 for a whole model."""
+    bytes_received: int
+    seconds: float
+
+    def as_dict(self) -> dict[str, float]:
+        """The metrics as a line of ``metrics.jsonl``."""
+        return asdict(self)
+
+
+def train(
+    model: Any, batches: Iterator[torch.Tensor], plan: TrainingPlan
+) -> Iterator[StepMetrics]:
+    """Trains a causal-LM model, split or whole, yielding after every optimizer step.
+
+    Args:
+        model: A Hugging Face model; what requires gradients is trained with AdamW.
+        batches: Token ids [B, T].
+        plan: How.
+    """
+    model.train()
+    torch.manual_seed(plan.seed)
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trainable, lr=plan.lr, weight_decay=plan.weight_decay)
+    schedule = get_scheduler(
+        plan.schedule, optimizer, num_warmup_steps=plan.warmup_steps, num_training_steps=plan.steps
+    )
+    for step in range(1, plan.steps + 1):
+        started, sent, received = time.perf_counter(), *traffic(model)
+        loss_sum, tokens = 0.0, 0
+        for _ in range(plan.grad_accum):
+            input_ids = next(batches)
+            loss = model(input_ids=input_ids, labels=input_ids, use_cache=False).loss
+            (loss / plan.grad_accum).backward()
+            loss_sum += float(loss.detach())
+            tokens += input_ids.numel()
+        limit = plan.grad_clip or float("inf")
+        grad_norm = float(torch.nn.utils.clip_grad_norm_(trainable, limit))
+        lr = float(schedule.get_last_lr()[0])
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+        now_sent, now_received = traffic(model)
+        yield StepMetrics(
+            step=step,
+            loss=loss_sum / plan.grad_accum,
+            grad_norm=grad_norm,
+            lr=lr,
+            tokens=tokens,
+            bytes_sent=now_sent - sent,
+            bytes_received=now_received - received,
+            seconds=time.perf_counter() - started,
+        )
+
+
+def traffic(model: Any) -> tuple[int, int]:
+    """Bytes a split model has sent and received so far; zeros for a whole one."""
+    remote = getattr(model, "remote_trunk", None)
+    if remote is None:
+        return 0, 0
+    counted = remote.session.traffic
+    return counted.bytes_sent, counted.bytes_received
+
+
+@torch.no_grad()
+def mean_loss(model: Any, blocks_NT: torch.Tensor, batch_size: int) -> float:
+    """Mean loss per predicted token over blocks of token ids [N, T]."""
+    was_training = model.training
+    model.eval()
+    total = 0.0
+    for start in range(0, len(blocks_NT), batch_size):
+        batch = blocks_NT[start : start + batch_size]
+        loss = model(input_ids=batch, labels=batch, use_cache=False).loss
+        total += float(loss) * len(batch)
+    model.train(was_training)
+    return total / len(blocks_NT)
