@@ -36,9 +36,7 @@ def local_trunk(model: str, split: str, timeout_s: float = 120.0) -> Iterator[st
             process.wait(timeout=60)
 
 
-def _wait_ready(
-    process: subprocess.Popen[bytes], ready: Path, log: Path, timeout_s: float
-) -> str:
+def _wait_ready(process: subprocess.Popen[bytes], ready: Path, log: Path, timeout_s: float) -> str:
     deadline = time.monotonic() + timeout_s
     while not ready.exists():
         if process.poll() is not None or time.monotonic() > deadline:

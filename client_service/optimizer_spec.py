@@ -53,5 +53,12 @@ def describe(optimizer: torch.optim.Optimizer, group: dict[str, Any]) -> Optimiz
 
 # Which parameters, and what schedulers and torch keep for themselves.
 _LOCAL = frozenset(
-    {"params", "param_names", "initial_lr", "capturable", "differentiable", "decoupled_weight_decay"}
+    {
+        "params",
+        "param_names",
+        "initial_lr",
+        "capturable",
+        "differentiable",
+        "decoupled_weight_decay",
+    }
 )

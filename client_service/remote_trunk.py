@@ -115,9 +115,7 @@ class RemoteTrunk:
     def release(self, request_id: str = "", cache_id: str = "") -> None:
         """Frees state on the trunk that will not be asked for again."""
         try:
-            self.session.release(
-                [request_id] if request_id else [], [cache_id] if cache_id else []
-            )
+            self.session.release([request_id] if request_id else [], [cache_id] if cache_id else [])
         except TrunkUnavailableError:
             return  # the session is gone, and its state with it
 

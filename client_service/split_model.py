@@ -179,9 +179,7 @@ def _own_layers(
 ) -> tuple[list[tuple[str, Any]], list[tuple[str, Any]]]:
     """The client's blocks under their global names, below and above the hole."""
     below = [(str(i), layers[i]) for i in range(split.start)]
-    above = [
-        (str(split.end + i), layer) for i, layer in enumerate(layers[split.start + 1 :])
-    ]
+    above = [(str(split.end + i), layer) for i, layer in enumerate(layers[split.start + 1 :])]
     for name, layer in [*below, *above]:
         checkpoint.family.fix_layer(layer, 0, int(name))
     return below, above

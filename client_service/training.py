@@ -50,9 +50,7 @@ class StepMetrics:
         return asdict(self)
 
 
-def train(
-    model: Any, batches: Iterator[torch.Tensor], plan: TrainingPlan
-) -> Iterator[StepMetrics]:
+def train(model: Any, batches: Iterator[torch.Tensor], plan: TrainingPlan) -> Iterator[StepMetrics]:
     """Trains a causal-LM model, split or whole, yielding after every optimizer step.
 
     Args:

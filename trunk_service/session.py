@@ -238,9 +238,7 @@ class TenantSession:
         self.budget.reserve(boundary)
         return False, boundary
 
-    def _backward_held(
-        self, held: HeldRequest, request: BackwardRequest
-    ) -> torch.Tensor | None:
+    def _backward_held(self, held: HeldRequest, request: BackwardRequest) -> torch.Tensor | None:
         output_BTD = held.output_BTD
         if output_BTD is None:
             held.input_BTD.requires_grad_(True)

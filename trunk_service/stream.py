@@ -128,9 +128,7 @@ class SessionStream:
         response.id = message.id
         await self._write(response, tensors)
 
-    async def _handle(
-        self, message: pb.SessionRequest, tensors: dict[str, torch.Tensor]
-    ) -> Answer:
+    async def _handle(self, message: pb.SessionRequest, tensors: dict[str, torch.Tensor]) -> Answer:
         kind = message.WhichOneof("body")
         if kind == "open":
             return await self._open(message.open)
@@ -138,9 +136,7 @@ class SessionStream:
         work = _HANDLERS[kind]
         tenant, body = self._session.tenant, getattr(message, kind)
         scheduler = self._registry.scheduler
-        submitted = scheduler.submit(
-            self._session.session_id, lambda: work(tenant, body, tensors)
-        )
+        submitted = scheduler.submit(self._session.session_id, lambda: work(tenant, body, tensors))
         return await asyncio.wrap_future(submitted)
 
     async def _open(self, body: pb.Open) -> Answer:
@@ -204,9 +200,7 @@ def _backward(tenant: TenantSession, body: pb.Backward, tensors: translate.Tenso
 
 def _step(tenant: TenantSession, body: pb.Step, tensors: translate.Tensors) -> Answer:
     answer = tenant.step(translate.step_request(body))
-    result = pb.StepResult(
-        committed_step=answer.committed_step, gradient_norm=answer.gradient_norm
-    )
+    result = pb.StepResult(committed_step=answer.committed_step, gradient_norm=answer.gradient_norm)
     return pb.SessionResponse(step=result), {}
 
 

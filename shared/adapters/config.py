@@ -150,7 +150,9 @@ def _changed_fields(config: PeftConfig) -> dict[str, Any]:
     return {
         name: copy.deepcopy(value)
         for name, value in config.to_dict().items()
-        if name not in _PROVENANCE and value != default.get(name) and name != "inference_mode"
+        if name not in _PROVENANCE
+        and value != default.get(name)
+        and name != "inference_mode"
         and name != "task_type"
     }
 

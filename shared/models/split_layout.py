@@ -78,9 +78,7 @@ def _part_tensors(checkpoint: Checkpoint, role: str, split: SplitRange) -> dict[
     return {name: checkpoint.read(source).clone() for name, source in stored.items()}
 
 
-def _metadata(
-    checkpoint: Checkpoint, role: str, split: SplitRange, digest: str
-) -> dict[str, Any]:
+def _metadata(checkpoint: Checkpoint, role: str, split: SplitRange, digest: str) -> dict[str, Any]:
     num_layers = checkpoint.config.num_hidden_layers
     start, end = part_bounds(role, split, num_layers)
     return {

@@ -1,0 +1,78 @@
+"""Real daemons, real checkpoints, one process a daemon."""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+import json
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+
+torch.set_num_threads(2)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    # PEFT asks transformers by an old name; theirs to mend.
+    config.addinivalue_line("filterwarnings", "ignore:`is_gradient_checkpointing`:FutureWarning")
+
+
+@dataclass
+class Daemon:
+    """A running ``trunkd``."""
+
+    process: subprocess.Popen[bytes]
+    ready: dict[str, str]
+    log_path: Path
+
+    @property
+    def address(self) -> str:
+        return self.ready["address"]
+
+    def log(self) -> str:
+        return self.log_path.read_text(encoding="utf-8")
+
+
+def start_daemon(folder: Path, *flags: str) -> Daemon:
+    """Starts a daemon on a free port and waits until it serves."""
+    ready, log = folder / "ready.json", folder / "log.jsonl"
+    command = [sys.executable, "-m", "trunk_service", "--listen", "127.0.0.1:0"]
+    with log.open("wb") as sink:
+        process = subprocess.Popen([*command, "--ready-file", str(ready), *flags], stderr=sink)
+    pause = threading.Event()
+    while not ready.exists():
+        assert process.poll() is None, log.read_text(encoding="utf-8")
+        pause.wait(0.02)
+    return Daemon(process, json.loads(ready.read_text(encoding="utf-8")), log)
+
+
+@pytest.fixture(scope="session")
+def trunkd(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Daemon]]:
+    """Starts daemons by their flags, each once, and ends them with the tests."""
+    daemons: dict[tuple[str, ...], Daemon] = {}
+
+    def start(*flags: str) -> Daemon:
+        if flags not in daemons:
+            daemons[flags] = start_daemon(tmp_path_factory.mktemp("trunkd"), *flags)
+        return daemons[flags]
+
+    yield start
+    for daemon in daemons.values():
+        daemon.process.terminate()
+    # A test may have ended its daemon itself; none may have crashed.
+    assert [d.process.wait(timeout=60) for d in daemons.values()] == [0] * len(daemons)
+
+
+@pytest.fixture
+def bundled_trunk(trunkd: Callable[..., Daemon]) -> Daemon:
+    """A daemon that serves the bundled model."""
+    return trunkd("--session-held-bytes", "1000000000")

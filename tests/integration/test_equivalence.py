@@ -1,0 +1,197 @@
+"""The split system against the same model in one piece: loss, every gradient, every weight."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel
+from transformers import AutoModelForCausalLM
+
+from client_service import SplitModelForCausalLM
+from client_service.verify import VerifyPlan, verify
+from shared.models import family_of
+from tests.conftest import Daemon
+from tests.models import VOCAB, save_tiny_model
+
+Start = Callable[..., Daemon]
+
+CASES = [
+    ("gpt2", "2:10", {}),
+    ("gpt2", "1:2", {}),
+    ("gpt2", "1:11", {"scale_attn_by_inverse_layer_idx": True, "reorder_and_upcast_attn": True}),
+    ("llama", "2:4", {}),
+    ("llama", "1:2", {"tie_word_embeddings": True}),
+    ("llama", "1:5", {}),
+    ("qwen2", "2:4", {}),
+    ("qwen2", "1:5", {}),
+]
+
+
+def lora(family: str, **changes: Any) -> LoraConfig:
+    settings: dict[str, Any] = {"r": 8, "lora_alpha": 16}
+    targets = list(family_of(family).linear_layers)
+    return LoraConfig(task_type="CAUSAL_LM", target_modules=targets, **settings | changes)
+
+
+def padded_batches(seed: int = 0) -> Iterator[dict[str, torch.Tensor]]:
+    """Batches with left and with right padding in turn."""
+    generator = torch.Generator().manual_seed(seed)
+    while True:
+        for side in ("left", "right"):
+            ids = torch.randint(3, VOCAB, (3, 24), generator=generator)
+            mask = torch.ones_like(ids)
+            mask[0, slice(0, 7) if side == "left" else slice(-7, None)] = 0
+            labels = ids.masked_fill(mask == 0, -100)
+            yield {"input_ids": ids, "attention_mask": mask, "labels": labels}
+
+
+@pytest.mark.parametrize(("family", "split", "changes"), CASES)
+def test_training_through_the_split_is_training_the_whole_model(
+    family: str, split: str, changes: dict[str, Any], trunkd: Start, tmp_path: Path
+) -> None:
+    folder = save_tiny_model(family, tmp_path / "model", **changes)
+    daemon = trunkd("--model", str(folder), "--split", split)
+    plan = VerifyPlan(steps=20, grad_accum=2, grad_clip=0.3)
+    found = verify(folder, daemon.address, lora(family), padded_batches(), plan)
+    assert found.max_abs_loss_diff <= 1e-5
+    assert found.max_abs_grad_diff <= 1e-5
+    assert found.max_abs_adapter_diff <= 1e-4
+    assert found.max_abs_grad_norm_diff <= 1e-5
+
+
+def losses(
+    model: Any, steps: int, rate: float = 1e-3, each: Callable[[], None] | None = None
+) -> list[float]:
+    model.train()
+    torch.manual_seed(7)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=rate)
+    found = []
+    for _, batch in zip(range(steps), padded_batches(), strict=False):
+        loss = model(**batch).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        found.append(float(loss.detach()))
+        if each is not None:
+            each()
+    return found
+
+
+def test_a_run_with_dropout_repeats_itself_whatever_else_the_trunk_serves(
+    trunkd: Start, tmp_path: Path
+) -> None:
+    folder = save_tiny_model("gpt2", tmp_path / "model")
+    address = trunkd("--model", str(folder)).address
+    config = lora("gpt2", lora_dropout=0.1)
+
+    def open_model(seed: int) -> Any:
+        return SplitModelForCausalLM.from_pretrained(
+            folder, address, peft_config=config, seed=seed, dropout=0.1
+        )
+
+    alone = losses(open_model(1), 6)
+    neighbour = open_model(2).train()
+    batch = next(padded_batches(9))
+
+    def disturb() -> None:
+        state = torch.get_rng_state()
+        neighbour(**batch).loss.backward()
+        torch.set_rng_state(state)
+
+    assert losses(open_model(1), 6, each=disturb) == alone
+    assert losses(open_model(3), 6) != alone
+
+
+def test_the_saved_adapter_is_one_standard_adapter_of_the_whole_model(
+    trunkd: Start, tmp_path: Path
+) -> None:
+    folder = save_tiny_model("gpt2", tmp_path / "model")
+    address = trunkd("--model", str(folder)).address
+    split = SplitModelForCausalLM.from_pretrained(folder, address, peft_config=lora("gpt2"))
+    losses(split, 3, rate=1e-2)
+    split.save_pretrained(tmp_path / "adapter")
+
+    def whole_model() -> Any:
+        return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+
+    whole = PeftModel.from_pretrained(whole_model(), tmp_path / "adapter").eval()
+    again = SplitModelForCausalLM.from_pretrained(folder, address, adapter=tmp_path / "adapter")
+    batch = next(padded_batches())
+    batch.pop("labels")
+    with torch.no_grad():
+        expected = whole(**batch).logits
+        assert float((expected - whole_model().eval()(**batch).logits).abs().max()) > 1e-3
+        for model in (split.eval(), again):
+            assert float((model(**batch).logits - expected).abs().max()) <= 1e-5
+
+
+@pytest.mark.parametrize("trunk_config", [None, lora("gpt2", r=2, lora_alpha=4)])
+def test_a_trunk_with_another_adapter_or_none_saves_what_plain_peft_loads(
+    trunk_config: LoraConfig | None, trunkd: Start, tmp_path: Path
+) -> None:
+    folder = save_tiny_model("gpt2", tmp_path / "model")
+    split = SplitModelForCausalLM.from_pretrained(
+        folder,
+        trunkd("--model", str(folder)).address,
+        peft_config=lora("gpt2"),
+        trunk_peft_config=trunk_config,
+    )
+    losses(split, 3, rate=1e-2)
+    split.save_pretrained(tmp_path / "adapter")
+    base = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    whole = PeftModel.from_pretrained(base, tmp_path / "adapter").eval()
+    batch = next(padded_batches())
+    with torch.no_grad():
+        difference = split.eval()(**batch).logits - whole(**batch).logits
+    assert float(difference.abs().max()) <= 1e-5
+
+
+def test_zeroed_gradients_are_forgotten_on_the_trunk_too(trunkd: Start, tmp_path: Path) -> None:
+    folder = save_tiny_model("gpt2", tmp_path / "model")
+    model = SplitModelForCausalLM.from_pretrained(
+        folder, trunkd("--model", str(folder)).address, peft_config=lora("gpt2")
+    ).train()
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
+    first, second = (b for b, _ in zip(padded_batches(), range(2), strict=False))
+    model(**first).loss.backward()
+    expected = model.remote_trunk.session.gradients()
+    optimizer.zero_grad()
+    model(**second).loss.backward()
+    optimizer.zero_grad()
+    model(**first).loss.backward()
+    found = model.remote_trunk.session.gradients()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def test_a_dropped_graph_frees_the_trunks_state(trunkd: Start, tmp_path: Path) -> None:
+    folder = save_tiny_model("gpt2", tmp_path / "model")
+    # Room for a few of these graphs at once, not for fifty.
+    daemon = trunkd("--model", str(folder), "--session-held-bytes", "20000000")
+    model = SplitModelForCausalLM.from_pretrained(
+        folder, daemon.address, peft_config=lora("gpt2")
+    ).train()
+    batch = next(padded_batches())
+    for _ in range(50):
+        model(**batch)
+    model(**batch).loss.backward()
+
+
+def test_fresh_adapters_are_fixed_by_the_seed(trunkd: Start, tmp_path: Path) -> None:
+    folder = save_tiny_model("gpt2", tmp_path / "model")
+    address = trunkd("--model", str(folder)).address
+
+    def fresh(seed: int) -> dict[str, torch.Tensor]:
+        torch.manual_seed(torch.seed() % 1000)
+        split = SplitModelForCausalLM.from_pretrained(
+            folder, address, peft_config=lora("gpt2"), seed=seed
+        )
+        found: dict[str, torch.Tensor] = split.remote_trunk.session.adapter()
+        return found
+
+    first, again, other = fresh(1), fresh(1), fresh(2)
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    assert any(not torch.equal(first[name], other[name]) for name in first)
