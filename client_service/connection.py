@@ -9,6 +9,7 @@ import threading
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass
+from typing import Any
 
 import grpc
 import torch
@@ -90,8 +91,8 @@ class SessionConnection:
         self._failure: TrunklineError | None = None
         self._lock = threading.Lock()
         self._outgoing: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
-        call = channel.stream_stream(f"{SERVICE}/Session")
-        self._call = call(iter(self._outgoing.get, None))
+        call: Any = channel.stream_stream(f"{SERVICE}/Session")
+        self._call: Any = call(iter(self._outgoing.get, None))
         self._reader = threading.Thread(target=self._read, name="trunk-answers", daemon=True)
         self._reader.start()
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 import torch
 from peft import PeftConfig
@@ -30,7 +30,7 @@ from shared.models.stand_ins import GlobalLayers
 
 logger = logging.getLogger(__name__)
 
-TrunkPeft = PeftConfig | Literal["same"] | None
+TrunkPeft: TypeAlias = "PeftConfig | Literal['same'] | None"
 
 
 class SplitModelForCausalLM:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
+from pathlib import Path
 from typing import Any
 
 from peft import PeftConfig, PeftModelForCausalLM
@@ -38,7 +39,7 @@ class SplitPeftModelForCausalLM(PeftModelForCausalLM):  # type: ignore[misc]
         weights = adapter_weights(self) | trunk.session.adapter()
         config = joined_config(self.peft_config["default"], trunk, weights)
         base = str(self.get_base_model().config._name_or_path)
-        write_adapter(save_directory, config, weights, base)
+        write_adapter(Path(save_directory), config, weights, base)
 
 
 def joined_config(config: PeftConfig, trunk: RemoteTrunk, weights: Weights) -> PeftConfig:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -77,6 +77,7 @@ def verify(
     batches: Iterator[dict[str, torch.Tensor]],
     plan: VerifyPlan,
     seed: int = 0,
+    on_loss: Callable[[float], None] = lambda _: None,
 ) -> Difference:
     """Trains a split and the whole model alike and compares them.
 
@@ -90,6 +91,7 @@ def verify(
             plan.grad_accum`` are taken.
         plan: How to train.
         seed: Fixes the adapter both start from.
+        on_loss: Told every loss of the split model.
 
     Raises:
         TrunklineError: As :meth:`SplitModelForCausalLM.from_pretrained`.
@@ -101,6 +103,8 @@ def verify(
     try:
         whole = _whole_model(model, split)
         ours = _train(split, data, plan)
+        for loss in ours.losses:
+            on_loss(loss)
     finally:
         split.remote_trunk.close()
     return _compare(ours, _train(whole, data, plan))

@@ -281,8 +281,9 @@ class TenantSession:
         norm = self.gradients.norm()
         total = self.gradients.total() or [None] * len(self._trainable.parameters)
         for parameter, gradient in zip(self._trainable.parameters, total, strict=True):
-            scaled = gradient is not None and request.gradient_scale != 1.0
-            parameter.grad = gradient * request.gradient_scale if scaled else gradient  # type: ignore[operator]
+            if gradient is not None and request.gradient_scale != 1.0:
+                gradient = gradient * request.gradient_scale
+            parameter.grad = gradient
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
         self.gradients.clear()

@@ -79,7 +79,8 @@ class Trunk:
     @property
     def device(self) -> torch.device:
         """Where the weights are."""
-        return next(self._part.parameters()).device
+        device: torch.device = next(self._part.parameters()).device
+        return device
 
     def check(self, request: OpenRequest) -> None:
         """Refuses a client that holds another model.

@@ -29,13 +29,13 @@ from shared.bundled import model_dir, private_heldout_file, private_train_file
 
 SPLIT = "2:10"
 SEQ_LEN, BATCH_SIZE = 128, 8
-PROMPT = "WARD ROUND"
+PROMPT = "<|endoftext|>WARD ROUND"
 
 
 @app.command("demo")
 def demo_command(
     out: Annotated[Path, typer.Option(help="Folder for the report.")] = Path("runs/demo"),
-    steps: Annotated[int, typer.Option(help="Optimizer steps.", min=1)] = 150,
+    steps: Annotated[int, typer.Option(help="Optimizer steps.", min=1)] = 300,
     seed: SeedOption = 0,
     threads: ThreadsOption = 0,
 ) -> None:
@@ -64,7 +64,7 @@ def _fine_tune(model: str, address: str, out: Path, steps: int, seed: int) -> di
     sample_before = _sample(split, tokenizer, seed)
     sent, received = traffic(split)
     plan = TrainingPlan(
-        steps=steps, batch_size=BATCH_SIZE, lr=2e-3, schedule="cosine", warmup_steps=10, seed=seed
+        steps=steps, batch_size=BATCH_SIZE, lr=3e-3, schedule="cosine", warmup_steps=10, seed=seed
     )
     last = record(train(split, batches(blocks, BATCH_SIZE, seed), plan), steps, out)
     now_sent, now_received = traffic(split)

@@ -134,7 +134,7 @@ def largest_rank(config: PeftConfig) -> int:
     ranks = [getattr(config, "r", 0) or 0, *(getattr(config, "rank_pattern", None) or {}).values()]
     if not all(isinstance(r, int) and r > 0 for r in ranks):
         raise AdapterError(f"ranks {ranks} are not all whole numbers above 0")
-    return max(ranks)
+    return int(max(ranks))
 
 
 def _method_name(peft_type: Any) -> str:

@@ -1,8 +1,8 @@
 """A checkpoint as names and tensors, wherever its files are.
 
-Three layouts are read: a Hugging Face folder or hub id (one file or sharded, safetensors first), and
-the split layout that ``trunkline split`` writes (``bottom/``, ``trunk/``, ``top/``), of which a side
-may have only its own parts. Names are canonical: those of the whole model's ``state_dict``.
+Three layouts are read: a Hugging Face folder or hub id (one file or sharded, safetensors first),
+and the split layout that ``trunkline split`` writes (``bottom/``, ``trunk/``, ``top/``), of which a
+side may have only its own parts. Names are canonical: those of the whole model's ``state_dict``.
 """
 
 from __future__ import annotations
@@ -210,7 +210,7 @@ def _hub_file(repo: str, name: str) -> Path | None:
         )
     except OSError as error:
         raise CheckpointError(
-            f"{repo}: neither a folder here nor a model the hub gives ({str(error).splitlines()[0]})"
+            f"{repo}: neither a folder here nor a model of the hub ({str(error).splitlines()[0]})"
         ) from error
     return Path(found) if found else None
 

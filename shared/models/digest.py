@@ -6,10 +6,9 @@ import hashlib
 import json
 from typing import Any
 
-import torch
-
 from shared.models.checkpoint import Checkpoint
 from shared.models.split_range import SplitRange
+from shared.tensor_bytes import as_bytes
 
 # What changes the blocks' function without changing their tensors. An explicit list, because the
 # set of all configuration fields differs between transformers versions.
@@ -48,9 +47,9 @@ def weight_digest(checkpoint: Checkpoint, split: SplitRange) -> str:
     digest = hashlib.sha256()
     digest.update(json.dumps(_described(checkpoint, split), sort_keys=True).encode())
     for name in checkpoint.layer_names(split):
-        tensor = checkpoint.read(name).contiguous()
+        tensor = checkpoint.read(name)
         digest.update(f"{name}:{tensor.dtype}:{tuple(tensor.shape)}".encode())
-        digest.update(memoryview(tensor.reshape(-1).view(torch.uint8).numpy()))
+        digest.update(as_bytes(tensor))
     return digest.hexdigest()
 
 

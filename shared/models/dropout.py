@@ -11,7 +11,7 @@ def set_dropout(model: nn.Module, probability: float) -> None:
         if isinstance(module, nn.Dropout):
             module.p = probability
         if hasattr(module, "attention_dropout"):
-            module.attention_dropout = probability
+            setattr(module, "attention_dropout", probability)  # noqa: B010 (not typed)
 
 
 def draws_dropout(model: nn.Module) -> bool:

@@ -11,10 +11,16 @@ from shared.models.part import part_class, total_layers
 
 ROLES = ("bottom", "trunk", "top")
 
-_CLASSES = {(name, role): part_class(name, role) for name in FAMILIES for role in ROLES}
+_CLASSES: dict[tuple[str, str], Any] = {
+    (name, role): part_class(name, role) for name in FAMILIES for role in ROLES
+}
+
+_GPT2Bottom: Any = _CLASSES["gpt2", "bottom"]
+_GPT2Trunk: Any = _CLASSES["gpt2", "trunk"]
+_GPT2Top: Any = _CLASSES["gpt2", "top"]
 
 
-class GPT2BottomModel(_CLASSES["gpt2", "bottom"]):  # type: ignore[misc]
+class GPT2BottomModel(_GPT2Bottom):
     """Embeddings and blocks ``0 .. end_layer - 1`` of a GPT-2.
 
     Args:
@@ -34,7 +40,7 @@ class GPT2BottomModel(_CLASSES["gpt2", "bottom"]):  # type: ignore[misc]
         return cls(config, end)
 
 
-class GPT2TrunkModel(_CLASSES["gpt2", "trunk"]):  # type: ignore[misc]
+class GPT2TrunkModel(_GPT2Trunk):
     """Blocks ``start_layer .. end_layer - 1`` of a GPT-2, hidden states in and out.
 
     Args:
@@ -59,7 +65,7 @@ class GPT2TrunkModel(_CLASSES["gpt2", "trunk"]):  # type: ignore[misc]
         )
 
 
-class GPT2TopModel(_CLASSES["gpt2", "top"]):  # type: ignore[misc]
+class GPT2TopModel(_GPT2Top):
     """Blocks ``start_layer …``, final norm and language-model head of a GPT-2.
 
     Args:

@@ -52,8 +52,8 @@ class Inbox(Generic[M]):
     def __init__(
         self, message_type: type[M], max_bytes: Callable[[M], int], max_open_bytes: int
     ) -> None:
-        self._type = message_type
-        self._max_bytes = max_bytes
+        self._type: type[M] = message_type
+        self._max_bytes: Callable[[M], int] = max_bytes
         self._max_open_bytes = max_open_bytes
         self._open: dict[int, tuple[Incoming[M], TensorAssembly]] = {}
 

@@ -11,6 +11,7 @@ import torch
 
 from shared.errors import ProtocolError, TensorError
 from shared.pb.trunkline.v1 import trunk_pb2 as pb
+from shared.tensor_bytes import as_bytes
 from shared.wire.dtypes import to_torch, to_wire
 
 CHUNK_BYTES = 2 * 1024 * 1024
@@ -49,12 +50,6 @@ def chunks(tensors: Mapping[str, torch.Tensor]) -> Iterator[memoryview]:
         view = as_bytes(tensor)
         for start in range(0, view.nbytes, CHUNK_BYTES):
             yield view[start : start + CHUNK_BYTES]
-
-
-def as_bytes(tensor: torch.Tensor) -> memoryview:
-    """Returns the raw bytes of a tensor; a view where the tensor is contiguous and on the CPU."""
-    flat = tensor.detach().cpu().contiguous().reshape(-1)
-    return memoryview(flat.view(torch.uint8).numpy())
 
 
 class TensorAssembly:

@@ -38,8 +38,6 @@ def test_generation_equals_the_whole_models(
     for model in (split, whole):
         torch.manual_seed(5)
         found.append(
-            model.generate(
-                ids, attention_mask=mask, max_new_tokens=64, min_new_tokens=64, **mode
-            )
+            model.generate(ids, attention_mask=mask, max_new_tokens=64, min_new_tokens=64, **mode)
         )
     assert torch.equal(*found)
