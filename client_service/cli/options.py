@@ -49,10 +49,11 @@ def load_tokenizer(model: str) -> Any:
     """The model's tokenizer.
 
     Raises:
-        CheckpointError: If the folder has none.
+        CheckpointError: If there is no such model, or it has no tokenizer.
     """
+    folder = open_checkpoint(model).folder
     try:
-        return AutoTokenizer.from_pretrained(model)
+        return AutoTokenizer.from_pretrained(folder)
     except (OSError, ValueError) as error:
         raise CheckpointError(
             f"{model}: no tokenizer there ({str(error).splitlines()[0]})"

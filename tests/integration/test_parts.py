@@ -1,0 +1,158 @@
+"""The parts by hand: chained against the whole model, split on disk, trained by the U-loop."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from client_service import PEFTSplitLearningTrainer, TrainingClient
+from client_service.peft_trainer import default_lora_config
+from shared.errors import CheckpointError, TensorError
+from shared.models import (
+    GPT2BottomModel,
+    GPT2TopModel,
+    GPT2TrunkModel,
+    SplitRange,
+    get_part_class,
+    open_checkpoint,
+)
+from shared.models.digest import client_digest
+from shared.models.split_layout import write_split_layout
+from tests.conftest import Daemon
+from tests.models import VOCAB, save_tiny_model
+
+IDS = torch.randint(3, VOCAB, (3, 17), generator=torch.Generator().manual_seed(0))
+MASK = torch.ones_like(IDS)
+MASK[0, :5] = 0
+
+
+def chained(bottom: Any, trunk: Any, top: Any) -> torch.Tensor:
+    common: dict[str, Any] = {"attention_mask": MASK, "use_cache": False}
+    hidden = bottom(IDS, **common).last_hidden_state
+    hidden = trunk(inputs_embeds=hidden, **common).last_hidden_state
+    logits: torch.Tensor = top(inputs_embeds=hidden, **common).logits
+    return logits
+
+
+@pytest.mark.parametrize(
+    ("family", "split"), [("gpt2", "2:10"), ("llama", "1:2"), ("qwen2", "1:5")]
+)
+@pytest.mark.parametrize("layout", ["whole", "safetensors", "pt", "pt counted from zero"])
+def test_three_parts_are_the_whole_model(
+    family: str, split: str, layout: str, tmp_path: Path
+) -> None:
+    folder = save_tiny_model(family, tmp_path / "model")
+    whole = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    where = SplitRange.parse(split)
+    source = folder
+    if layout != "whole":
+        source = tmp_path / "parts"
+        for file in write_split_layout(folder, where, source).values():
+            if layout != "safetensors":
+                rewrite_as_pt(file, family, from_zero=layout.endswith("zero"))
+    ranges: dict[str, dict[str, int]] = {
+        "bottom": {"end_layer": where.start},
+        "trunk": {"start_layer": where.start, "end_layer": where.end},
+        "top": {"start_layer": where.end},
+    }
+    parts = [
+        get_part_class(family, role).from_pretrained(source, **given)
+        for role, given in ranges.items()
+    ]
+    with torch.no_grad():
+        assert torch.equal(chained(*parts), whole(IDS, attention_mask=MASK).logits)
+    assert client_digest(open_checkpoint(source), where) == client_digest(
+        open_checkpoint(folder), where
+    )
+
+
+def rewrite_as_pt(file: Path, family: str, from_zero: bool) -> None:
+    """Turns a part's file into the guide's: ``.pt``, blocks perhaps counted from zero."""
+    tensors = load_file(file)
+    if from_zero:
+        start = json.loads(file.with_name(f"{file.stem}_metadata.json").read_text())["start_layer"]
+        layers = ".h." if family == "gpt2" else ".layers."
+        tensors = {renumbered(name, layers, start): t for name, t in tensors.items()}
+    torch.save(tensors, file.with_suffix(".pt"))
+    file.unlink()
+
+
+def renumbered(name: str, layers: str, start: int) -> str:
+    if layers not in name:
+        return name
+    before, after = name.split(layers)
+    number, rest = after.split(".", 1)
+    return f"{before}{layers}{int(number) - start}.{rest}"
+
+
+def test_a_pickled_object_is_not_loaded(tmp_path: Path) -> None:
+    folder = save_tiny_model("gpt2", tmp_path / "model")
+    written = write_split_layout(folder, SplitRange(2, 10), tmp_path / "parts")
+    file = written["trunk"]
+    file.unlink()
+    torch.save({"transformer.h.2.ln_1.weight": Path("x")}, file.with_suffix(".pt"))
+    with pytest.raises(CheckpointError, match="trunk.pt"):
+        GPT2TrunkModel.from_pretrained(tmp_path / "parts")
+
+
+def test_the_u_by_hand_trains_as_the_whole_model(
+    trunkd: Callable[..., Daemon], tmp_path: Path
+) -> None:
+    folder = save_tiny_model("gpt2", tmp_path / "model")
+    config = default_lora_config()
+    config.lora_dropout = 0.0
+    client = TrainingClient(trunkd("--model", str(folder)).address, config, seed=4)
+    bottom = GPT2BottomModel.from_pretrained(folder, end_layer=2)
+    top = GPT2TopModel.from_pretrained(folder, start_layer=10)
+    trainer = PEFTSplitLearningTrainer(bottom, top, client, config, learning_rate=1e-3)
+    whole, optimizer = whole_twin(folder, trainer)
+    for _ in range(5):
+        ours = trainer.train_step(IDS, IDS, MASK)["loss"]
+        loss = whole(input_ids=IDS, attention_mask=MASK, labels=IDS, use_cache=False).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        assert abs(ours - float(loss.detach())) <= 1e-5
+    trainer.save_lora_weights(tmp_path / "saved")
+    at_save = client.session.adapter()
+    trainer.train_step(IDS, IDS)
+    paths = [tmp_path / "saved" / f"{name}_lora" for name in ("bottom", "top", "trunk")]
+    trainer.load_lora_weights(*paths)
+    restored = client.session.adapter()
+    assert all(torch.equal(restored[name], at_save[name]) for name in at_save)
+    client.close()
+
+
+def whole_twin(folder: Path, trainer: PEFTSplitLearningTrainer) -> tuple[Any, Any]:
+    """The unsplit PEFT model with the very weights the trainer starts from."""
+    from peft import PeftModel
+
+    from shared.adapters.weights import adapter_weights, write_adapter
+
+    weights = trainer.trunk_client.session.adapter()
+    for part in (trainer.bottom_peft, trainer.top_peft):
+        weights |= adapter_weights(part)
+    joined = folder.parent / "joined"
+    write_adapter(joined, trainer.bottom_peft.peft_config["default"], weights, str(folder))
+    base = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    whole = PeftModel.from_pretrained(base, joined, is_trainable=True).train()
+    parameters = [p for p in whole.parameters() if p.requires_grad]
+    return whole, torch.optim.AdamW(parameters, lr=1e-3)
+
+
+def test_a_mask_of_another_length_is_refused_before_it_is_sent(
+    trunkd: Callable[..., Daemon], tmp_path: Path
+) -> None:
+    from client_service import SplitModelForCausalLM
+
+    folder = save_tiny_model("gpt2", tmp_path / "model")
+    model = SplitModelForCausalLM.from_pretrained(folder, trunkd("--model", str(folder)).address)
+    with pytest.raises((TensorError, RuntimeError)):
+        model(IDS, attention_mask=MASK[:, :9])
