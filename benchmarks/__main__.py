@@ -12,6 +12,8 @@ import logging
 import os
 import platform
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -34,6 +36,7 @@ LOG = logging.getLogger("benchmarks")
 RESULTS = Path(__file__).parent / "results"
 MIB = 1024**2
 PAIRS, BATCH, TOKENS = 15, 4, 128
+IDLE_S = 4.0  # an idle trunk gives freed memory back within two seconds
 
 
 def lora() -> LoraConfig:
@@ -86,6 +89,11 @@ def step_time(folder: Path) -> dict[str, Any]:
                 if pair >= 2:
                     seconds[side].append(taken)
             peak = max(peak, trunk.memory_info().rss)
+        held = split(input_ids=ids, labels=ids, use_cache=False)
+        time.sleep(IDLE_S)
+        rss_held = trunk.memory_info().rss
+        del held
+        time.sleep(IDLE_S)
         after = trunk.memory_info().rss
         adapter = sum(t.nbytes for t in split.remote_trunk.session.adapter().values())
         split.remote_trunk.close()
@@ -100,10 +108,19 @@ def step_time(folder: Path) -> dict[str, Any]:
         "ratio_max": max(ratios),
         "trunk_rss_idle_mib": idle / MIB,
         "trunk_rss_between_steps_peak_mib": peak / MIB,
-        "trunk_rss_after_mib": after / MIB,
+        "trunk_rss_holding_one_forward_idle_mib": rss_held / MIB,
+        "trunk_rss_holding_nothing_idle_mib": after / MIB,
+        "libraries_rss_mib": _libraries_rss() / MIB,
         "trunk_blocks_mib": block_bytes / MIB,
         "trunk_adapter_mib": adapter / MIB,
     }
+
+
+def _libraries_rss() -> int:
+    """Resident memory of a process that has only imported what a trunk imports."""
+    code = "import psutil, trunk_service.__main__ as m; print(psutil.Process().memory_info().rss)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    return int(done.stdout)
 
 
 def _in_trunk(name: str) -> bool:

@@ -41,6 +41,8 @@ class SessionRegistry:
         self.budget = ByteBudget(limits.held_bytes, "trunk's held-state")
         self.draining = False
         self._sessions: dict[str, OpenSession] = {}
+        self._completed_before = 0
+        self._completed_at_trim = 0
 
     def __len__(self) -> int:
         return len(self._sessions)
@@ -93,6 +95,18 @@ class SessionRegistry:
         for session in list(self._sessions.values()):
             if len(session.tenant.held):
                 self.scheduler.submit(session.session_id, lambda s=session: _free_expired(s))  # type: ignore[misc]
+
+    def return_memory_when_idle(self) -> None:
+        """Gives freed memory back to the system once nothing was computed since the last call.
+
+        Between the requests of a busy trunk it would only be asked for again at once.
+        """
+        completed = self.scheduler.completed
+        idle = self.scheduler.idle and completed == self._completed_before
+        self._completed_before = completed
+        if idle and completed != self._completed_at_trim:
+            self._completed_at_trim = completed
+            return_freed_memory()
 
     @property
     def holds_state(self) -> bool:

@@ -54,6 +54,7 @@ class Scheduler:
         self._queues: OrderedDict[str, deque[_Task]] = OrderedDict()
         self._busy: set[str] = set()
         self._stopping = False
+        self._completed = 0
         self._changed = threading.Condition()
         self._workers = [
             threading.Thread(target=self._work, name=f"compute-{i}", daemon=True)
@@ -83,6 +84,11 @@ class Scheduler:
         return task.future
 
     @property
+    def completed(self) -> int:
+        """Tasks done so far."""
+        return self._completed
+
+    @property
     def idle(self) -> bool:
         """True when nothing waits or runs."""
         with self._changed:
@@ -105,6 +111,7 @@ class Scheduler:
             _run(task)
             with self._changed:
                 self._busy.discard(tenant)
+                self._completed += 1
                 self._changed.notify_all()
 
     def _take(self) -> tuple[str, _Task, int] | None:

@@ -95,6 +95,7 @@ class TrunkServer:
             await asyncio.sleep(_REAP_INTERVAL_S)
             self._servicer.end_expired()
             self._registry.free_expired_requests()
+            await asyncio.to_thread(self._registry.return_memory_when_idle)
 
     async def _set_health(self, status: health_pb2.HealthCheckResponse.ServingStatus) -> None:
         for name in ("", SERVICE_NAME):
