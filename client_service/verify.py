@@ -16,6 +16,8 @@ from transformers import AutoModelForCausalLM, get_scheduler
 from client_service.split_model import SplitModelForCausalLM
 from shared.adapters.weights import Weights, adapter_weights, read_adapter
 from shared.adapters.wrap import wrap
+from shared.errors import CheckpointError
+from shared.models import open_checkpoint
 from shared.models.dropout import set_dropout
 
 LOSS_TOLERANCE = 1e-5
@@ -94,8 +96,11 @@ def verify(
         on_loss: Told every loss of the split model.
 
     Raises:
+        CheckpointError: If only the parts of the model are there.
         TrunklineError: As :meth:`SplitModelForCausalLM.from_pretrained`.
     """
+    if open_checkpoint(model).metadata:
+        raise CheckpointError(f"{model}: is split; verify needs the whole model beside it")
     data = list(itertools.islice(batches, plan.steps * plan.grad_accum))
     split = SplitModelForCausalLM.from_pretrained(
         model, trunk, peft_config=config, seed=seed, dropout=0.0

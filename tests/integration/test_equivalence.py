@@ -23,10 +23,11 @@ CASES = [
     ("gpt2", "2:10", {}),
     ("gpt2", "1:2", {}),
     ("gpt2", "1:11", {"scale_attn_by_inverse_layer_idx": True, "reorder_and_upcast_attn": True}),
-    ("llama", "2:4", {}),
+    ("llama", "2:10", {"num_hidden_layers": 12}),
     ("llama", "1:2", {"tie_word_embeddings": True}),
     ("llama", "1:5", {}),
-    ("qwen2", "2:4", {}),
+    ("qwen2", "2:10", {"num_hidden_layers": 12}),
+    ("qwen2", "1:2", {}),
     ("qwen2", "1:5", {}),
 ]
 
