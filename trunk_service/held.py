@@ -106,6 +106,12 @@ class HeldRequests:
         for request_id in list(self._held):
             self.drop(request_id)
 
+    @property
+    def any_expired(self) -> bool:
+        """Whether a lease is over; may be asked from any thread."""
+        now = self._clock()
+        return any(held.expires_at <= now for held in list(self._held.values()))
+
     def drop_expired(self) -> list[str]:
         """Frees state whose lease is over; returns the ids."""
         now = self._clock()

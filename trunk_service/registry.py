@@ -93,7 +93,7 @@ class SessionRegistry:
     def free_expired_requests(self) -> None:
         """Frees held state whose backward never came, each on its session's turn."""
         for session in list(self._sessions.values()):
-            if len(session.tenant.held):
+            if session.tenant.held.any_expired:
                 self.scheduler.submit(session.session_id, lambda s=session: _free_expired(s))  # type: ignore[misc]
 
     def return_memory_when_idle(self) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import warnings
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -34,10 +35,12 @@ DEFAULT_TRUNK = "localhost:50052"
 
 
 def prepare(threads: int) -> None:
-    """Sets this process's threads and quiets transformers' progress bars."""
+    """Sets this process's threads and quiets the libraries."""
     torch.set_num_threads(threads or len(os.sched_getaffinity(0)))
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()
+    # PEFT asks transformers by a name that it is about to drop; nobody here can mend that.
+    warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
 
 
 def model_or_bundled(model: str) -> str:
