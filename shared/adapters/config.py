@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
+import re
 from typing import Any
 
 from peft import PeftConfig, PeftType, TaskType
@@ -47,6 +48,7 @@ _PROVENANCE = frozenset(
 
 _HARMLESS_INITIALISATIONS = (True, False, "gaussian")
 _MAX_JSON_BYTES = 64 * 1024
+_MAX_REPEATS = 3
 
 
 def accepted_methods() -> list[str]:
@@ -73,6 +75,7 @@ def check_config(config: PeftConfig) -> None:
             f"init_lora_weights={initialisation!r} would rewrite base weights; accepted: "
             f"{', '.join(map(repr, _HARMLESS_INITIALISATIONS))}"
         )
+    _check_patterns(config)
     if config.task_type not in (None, TaskType.CAUSAL_LM):
         raise AdapterError(f"task_type {config.task_type} is not accepted; accepted: CAUSAL_LM")
 
@@ -135,6 +138,27 @@ def largest_rank(config: PeftConfig) -> int:
     if not all(isinstance(r, int) and r > 0 for r in ranks):
         raise AdapterError(f"ranks {ranks} are not all whole numbers above 0")
     return int(max(ranks))
+
+
+def _check_patterns(config: PeftConfig) -> None:
+    """Refuses regular expressions that could take for ever to match a module's name."""
+    for name in ("target_modules", "exclude_modules", "layers_pattern", "modules_to_save"):
+        value = getattr(config, name, None) or ()
+        for pattern in (value,) if isinstance(value, str) else value:
+            _check_pattern(name, pattern)
+    for name in ("rank_pattern", "alpha_pattern"):
+        for pattern in getattr(config, name, None) or {}:
+            _check_pattern(name, pattern)
+
+
+def _check_pattern(name: str, pattern: Any) -> None:
+    # A repeated group can match in exponentially many ways; a few plain repeats cannot.
+    repeats = re.findall(r"[*+{]", pattern) if isinstance(pattern, str) else [""] * 99
+    if len(repeats) > _MAX_REPEATS or re.search(r"\)[*+{]", pattern):
+        raise AdapterError(
+            f"{name} {pattern!r} is not accepted: a string with at most {_MAX_REPEATS} "
+            f"repetitions and none of a group is"
+        )
 
 
 def _method_name(peft_type: Any) -> str:

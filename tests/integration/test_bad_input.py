@@ -201,6 +201,9 @@ REFUSED_ADAPTERS = [
     {"peft_type": "LORA", "bias": "all"},
     {"peft_type": "LORA", "r": 100_000},
     {"peft_type": "LORA", "r": 0},
+    {"peft_type": "LORA", "target_modules": r"(.+)+x"},
+    {"peft_type": "LORA", "target_modules": "a*b*c*d*e*"},
+    {"peft_type": "LORA", "rank_pattern": {r"(\w*)*!": 4}},
     {"peft_type": "LORA", "no_such_field": 1},
     {"peft_type": "LORA", "target_modules": ["no_such_module"]},
 ]
