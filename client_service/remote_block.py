@@ -14,7 +14,7 @@ from torch import nn
 
 from client_service.remote_cache import RemoteCacheLayer
 from client_service.remote_trunk import RemoteTrunk
-from shared.errors import TensorError
+from shared.errors import ProtocolError, TensorError
 
 
 class RemoteBlock(nn.Module):
@@ -58,14 +58,22 @@ class RemoteBlock(nn.Module):
 
         Raises:
             TensorError: If the attention mask is shorter or longer than the tokens.
+            ProtocolError: If the cache was filled by a forward with gradients.
             TrunklineError: What the trunk answered, if it refused.
         """
         if past_key_values is None and args:
             past_key_values = args[0]  # GPT-2 passes the cache by position
         layer = self._cache_layer(past_key_values)
+        if layer is not None and layer.skipped:
+            raise ProtocolError(
+                "this cache comes from a forward with gradients, of which the trunk caches "
+                "nothing; run both forwards under torch.no_grad()"
+            )
         cached = layer.get_seq_length() if layer is not None else 0
         self._check_mask(cached + hidden_BTD.shape[1])
         if layer is None or (torch.is_grad_enabled() and not cached):
+            if layer is not None:
+                layer.skipped = True
             # In training the default configuration makes a cache that nothing reads.
             return self.trunk.run(hidden_BTD, self._mask, position_ids, self.training)
         edits = layer.take_edits(hidden_BTD.shape[1])

@@ -29,6 +29,8 @@ class RemoteCacheLayer(CacheLayerMixin):  # type: ignore[misc]
         self.is_initialized = True
         self._tokens = 0
         self._edits: list[CacheEdit] = []
+        self.skipped = False
+        """A forward with gradients went past this cache, which so lacks its tokens."""
         finalizer = weakref.finalize(self, trunk.release, cache_id=self.cache_id)
         finalizer.atexit = False
 
@@ -66,6 +68,7 @@ class RemoteCacheLayer(CacheLayerMixin):  # type: ignore[misc]
     def reset(self) -> None:
         """Empties the trunk's cache before the next forward."""
         self._tokens = 0
+        self.skipped = False
         self._edits.append(CacheEdit(reset=True))
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:

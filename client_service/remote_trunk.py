@@ -10,6 +10,7 @@ Dimension letters: B batch, T tokens, D model dimension.
 
 from __future__ import annotations
 
+import collections
 import uuid
 import weakref
 from typing import Any
@@ -36,6 +37,7 @@ class RemoteTrunk:
         self._micro = 0
         self._norm = 0.0
         self._accumulated = False
+        self._dropped: collections.deque[tuple[str, str]] = collections.deque()
 
     @property
     def trainable(self) -> bool:
@@ -50,6 +52,7 @@ class RemoteTrunk:
         training: bool,
     ) -> torch.Tensor:
         """Carries hidden states [B, T, D] through the trunk, differentiably where needed."""
+        self._release_dropped()
         wanted = hidden_BTD.requires_grad or self.trainable
         if not (torch.is_grad_enabled() and wanted):
             call = ForwardCall(attention_mask, position_ids, training=training, step=self._step)
@@ -78,6 +81,7 @@ class RemoteTrunk:
         edits: list[CacheEdit],
     ) -> torch.Tensor:
         """Carries new tokens' hidden states through the trunk, extending its cache."""
+        self._release_dropped()
         call = ForwardCall(
             attention_mask, position_ids, cache_id=cache_id, cache_edits=edits, step=self._step
         )
@@ -113,9 +117,20 @@ class RemoteTrunk:
             self.proxy.zero_()  # it stands for nothing that an optimizer could move
 
     def release(self, request_id: str = "", cache_id: str = "") -> None:
-        """Frees state on the trunk that will not be asked for again."""
+        """Notes state that will not be asked for again; the next call tells the trunk.
+
+        Finalizers call this, perhaps in the middle of a send of this very thread, so it must not
+        send itself.
+        """
+        self._dropped.append((request_id, cache_id))
+
+    def _release_dropped(self) -> None:
+        dropped = [self._dropped.popleft() for _ in range(len(self._dropped))]
+        if not dropped:
+            return
+        requests, caches = zip(*dropped, strict=True)
         try:
-            self.session.release([request_id] if request_id else [], [cache_id] if cache_id else [])
+            self.session.release([r for r in requests if r], [c for c in caches if c])
         except TrunkUnavailableError:
             return  # the session is gone, and its state with it
 

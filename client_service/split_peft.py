@@ -4,14 +4,23 @@ from __future__ import annotations
 
 import copy
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from peft import PeftConfig, PeftModelForCausalLM
+from torch.nn.modules.module import _IncompatibleKeys
 
 from client_service.remote_trunk import RemoteTrunk
 from shared.adapters.config import config_from_json
-from shared.adapters.weights import Weights, adapter_weights, write_adapter
+from shared.adapters.weights import (
+    Weights,
+    adapter_weights,
+    load_adapter_weights,
+    read_adapter,
+    write_adapter,
+)
 from shared.errors import AdapterError
 
 
@@ -40,6 +49,49 @@ class SplitPeftModelForCausalLM(PeftModelForCausalLM):  # type: ignore[misc]
         config = joined_config(self.peft_config["default"], trunk, weights)
         base = str(self.get_base_model().config._name_or_path)
         write_adapter(Path(save_directory), config, weights, base)
+
+    def load_adapter(
+        self,
+        model_id: str | os.PathLike[str],
+        adapter_name: str = "default",
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
+        """Loads a whole model's adapter into the ends and, through the session, the trunk.
+
+        Args:
+            model_id: Folder of the adapter.
+            adapter_name: Only ``"default"``: a session has one adapter.
+            *args: As in PEFT.
+            **kwargs: As in PEFT.
+
+        Raises:
+            AdapterError: If it is another name, or the adapter does not fit this session's.
+        """
+        if adapter_name != "default":
+            raise AdapterError(f"adapter {adapter_name!r}: a split model has one, 'default'")
+        _, weights = read_adapter(Path(model_id))
+        own = adapter_weights(self).keys()
+        trunk: RemoteTrunk = self.get_base_model().remote_trunk
+        others = {name: weight for name, weight in weights.items() if name not in own}
+        if others and not trunk.trainable:
+            raise AdapterError(f"{model_id}: has weights for the trunk, which is frozen here")
+        load_adapter_weights(self, {n: w for n, w in weights.items() if n in own})
+        if trunk.trainable:
+            trunk.session.restore(others)
+        return _IncompatibleKeys([], [])
+
+    @contextmanager
+    def disable_adapter(self) -> Iterator[None]:
+        """Runs the ends without their adapter; refused while the trunk has one.
+
+        Raises:
+            AdapterError: The trunk's adapter cannot be switched off within its session.
+        """
+        if self.get_base_model().remote_trunk.trainable:
+            raise AdapterError("the trunk's adapter cannot be switched off within its session")
+        with super().disable_adapter():
+            yield
 
 
 def joined_config(config: PeftConfig, trunk: RemoteTrunk, weights: Weights) -> PeftConfig:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from transformers import DynamicCache, PreTrainedConfig
 
-from shared.errors import ProtocolError
+from shared.errors import ProtocolError, ResourceExhaustedError
 from trunk_service.budget import ByteBudget
 from trunk_service.requests import CacheEdit
 
@@ -81,6 +81,11 @@ class KeyValueCaches:
         rows, tokens = _shape(self._caches.get(cache_id))
         for edit in edits:
             rows, tokens = _edited_shape(cache_id, edit, rows, tokens)
+            grown = rows * tokens * self._token_bytes - self._reserved.get(cache_id, 0)
+            if grown > 0 and not self._budget.fits(grown):
+                raise ResourceExhaustedError(
+                    f"cache {cache_id}: an edit to {rows} rows of {tokens} tokens does not fit"
+                )
         return rows, tokens
 
 
@@ -95,6 +100,8 @@ def _edited_shape(cache_id: str, edit: CacheEdit, rows: int, tokens: int) -> tup
     if edit.reset:
         return 0, 0
     if edit.reorder is not None:
+        if not edit.reorder:
+            raise ProtocolError(f"cache {cache_id}: a reorder to no rows")
         if tokens and any(index >= rows for index in edit.reorder):
             raise ProtocolError(f"cache {cache_id} has {rows} rows; {edit.reorder} names others")
         return (len(edit.reorder), tokens) if tokens else (rows, tokens)

@@ -8,6 +8,7 @@ import time
 import uuid
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from functools import partial
 
 from shared.errors import DrainingError, ResourceExhaustedError
 from trunk_service.budget import ByteBudget
@@ -27,6 +28,8 @@ class OpenSession:
     session_id: str
     tenant: TenantSession
     last_used: float = field(default_factory=time.monotonic)
+    freeing: Future[None] | None = None
+    """The task that frees its expired requests, once there was one."""
 
     def touch(self) -> None:
         """Renews the lease."""
@@ -78,7 +81,7 @@ class SessionRegistry:
             self._sessions.pop(session.session_id, None)
             return_freed_memory()
 
-        return self.scheduler.submit(session.session_id, free)
+        return self.scheduler.submit(session.session_id, free, over_limit=True)
 
     def close_late(self, opened: Future[OpenSession]) -> None:
         """Closes a session whose client was gone before it was open."""
@@ -88,13 +91,16 @@ class SessionRegistry:
     def expired(self) -> list[OpenSession]:
         """Sessions that were silent for longer than their lease."""
         horizon = time.monotonic() - self.limits.session_lease_s
-        return [s for s in self._sessions.values() if s.last_used < horizon]
+        return [s for s in list(self._sessions.values()) if s.last_used < horizon]
 
     def free_expired_requests(self) -> None:
         """Frees held state whose backward never came, each on its session's turn."""
         for session in list(self._sessions.values()):
-            if session.tenant.held.any_expired:
-                self.scheduler.submit(session.session_id, lambda s=session: _free_expired(s))  # type: ignore[misc]
+            waiting = session.freeing is not None and not session.freeing.done()
+            if session.tenant.held.any_expired and not waiting:
+                session.freeing = self.scheduler.submit(
+                    session.session_id, partial(_free_expired, session)
+                )
 
     def return_memory_when_idle(self) -> None:
         """Gives freed memory back to the system once nothing was computed since the last call.
@@ -111,7 +117,7 @@ class SessionRegistry:
     @property
     def holds_state(self) -> bool:
         """True while a forward waits for its backward, or gradients for their step."""
-        tenants = [s.tenant for s in self._sessions.values()]
+        tenants = [s.tenant for s in list(self._sessions.values())]
         return any(len(t.held) or len(t.gradients) for t in tenants)
 
 

@@ -63,8 +63,13 @@ class Scheduler:
         for worker in self._workers:
             worker.start()
 
-    def submit(self, tenant: str, work: Callable[[], T]) -> Future[T]:
+    def submit(self, tenant: str, work: Callable[[], T], over_limit: bool = False) -> Future[T]:
         """Queues a task behind the tenant's earlier ones.
+
+        Args:
+            tenant: Whose turn it takes.
+            work: Runs on a compute thread.
+            over_limit: Queue it however many wait: for freeing, which must not be refused.
 
         Raises:
             ResourceExhaustedError: If too many tasks of this tenant wait already.
@@ -75,7 +80,7 @@ class Scheduler:
             if self._stopping:
                 raise DrainingError("the trunk is shutting down")
             queue = self._queues.setdefault(tenant, deque())
-            if len(queue) >= self._max_queued:
+            if len(queue) >= self._max_queued and not over_limit:
                 raise ResourceExhaustedError(
                     f"{len(queue)} requests of this session wait already", retry_after_s=0.5
                 )

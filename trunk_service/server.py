@@ -93,9 +93,12 @@ class TrunkServer:
     async def _reap(self) -> None:
         while True:
             await asyncio.sleep(_REAP_INTERVAL_S)
-            self._servicer.end_expired()
-            self._registry.free_expired_requests()
-            await asyncio.to_thread(self._registry.return_memory_when_idle)
+            try:
+                self._servicer.end_expired()
+                self._registry.free_expired_requests()
+                await asyncio.to_thread(self._registry.return_memory_when_idle)
+            except Exception:
+                logger.exception("freeing what expired failed; tried again in a second")
 
     async def _set_health(self, status: health_pb2.HealthCheckResponse.ServingStatus) -> None:
         for name in ("", SERVICE_NAME):

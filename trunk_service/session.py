@@ -82,6 +82,7 @@ class TenantSession:
         self.held = HeldRequests(self.budget, limits.held_lease_s)
         self.caches = KeyValueCaches(self.model.config, info.dtype.itemsize, self.budget)
         self.gradients = GradientSlots()
+        self._gradient_bytes = 0
         self._optimizer: torch.optim.Optimizer | None = None
         self._committed = StepAnswer(0, 0.0)
 
@@ -127,6 +128,7 @@ class TenantSession:
         Raises:
             UnknownRequestError: If nothing is held under the id.
             TensorError: If the gradient is not acceptable; the forward stays held.
+            ResourceExhaustedError: If the byte budget has no room; the forward stays held.
         """
         held = self.held.get(request.request_id)
         check_values(
@@ -140,6 +142,9 @@ class TenantSession:
                 f"gradient has shape {tuple(request.gradient_BTD.shape)}; the forward had "
                 f"{tuple(held.input_BTD.shape)}"
             )
+        if request.reset_gradients:
+            self._drop_gradients()
+        self._reserve_gradients()
         try:
             input_gradient = self._backward_held(held, request)
         finally:
@@ -203,12 +208,13 @@ class TenantSession:
         if not isinstance(self.model, PeftModel):
             raise AdapterError("the trunk is frozen in this session: it has no adapter")
         load_adapter_weights(self.model, weights)
+        self.held.drop_all()  # what was computed with the old weights has no gradient any more
 
     def close(self) -> None:
         """Frees everything the session holds."""
         self.held.drop_all()
         self.caches.drop_all()
-        self.gradients.clear()
+        self._drop_gradients()
         self._optimizer = None
 
     def _forward_held(self, request: ForwardRequest) -> ForwardAnswer:
@@ -247,10 +253,18 @@ class TenantSession:
         inputs = [held.input_BTD, *self._trainable.parameters]
         gradient_BTD = request.gradient_BTD.to(self._trunk.device, output_BTD.dtype)
         found = torch.autograd.grad(output_BTD, inputs, gradient_BTD, allow_unused=True)
-        if request.reset_gradients:
-            self.gradients.clear()
         self.gradients.assign(held.request.micro, list(found[1:]))
         return found[0]
+
+    def _reserve_gradients(self) -> None:
+        count = sum(p.nbytes for p in self._trainable.parameters)
+        self.budget.reserve(count)
+        self._gradient_bytes += count
+
+    def _drop_gradients(self) -> None:
+        self.gradients.clear()
+        self.budget.release(self._gradient_bytes)
+        self._gradient_bytes = 0
 
     def _run(self, request: ForwardRequest, input_BTD: torch.Tensor) -> torch.Tensor:
         """Runs the blocks on hidden states; keyed by step and micro where dropout draws."""
@@ -286,7 +300,8 @@ class TenantSession:
             parameter.grad = gradient
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
-        self.gradients.clear()
+        self._drop_gradients()
+        self.held.drop_all()  # what was computed with the old weights has no gradient any more
         self.held.forget_used()
         self._committed = StepAnswer(request.step, norm)
 

@@ -87,12 +87,23 @@ class SessionStream:
         self._last_id = max(self._last_id, message.id)
         if error is not None or message.WhichOneof("body") == "open":
             # Nothing of the session can start before it is open, so this is not run beside.
-            await self._answer(incoming, error)
+            try:
+                await self._answer(incoming, error)
+            finally:
+                self._in_flight.release()
             return
         task = asyncio.create_task(self._answer(incoming, None))
         self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        task.add_done_callback(self._done)
         await asyncio.sleep(0)  # lets the task reach the scheduler, so requests keep their order
+
+    def _done(self, task: asyncio.Task[None]) -> None:
+        # Only now, with its answer written: else a client that reads nothing would make the trunk
+        # hold answer upon answer for it.
+        self._in_flight.release()
+        self._tasks.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            logger.info("an answer could not be written: %s", error)
 
     def _refusal(self, message: pb.SessionRequest) -> TrunklineError | None:
         kind = message.WhichOneof("body")
@@ -123,8 +134,6 @@ class SessionStream:
             failure = TrunkInternalError(f"message {message.id} failed; see the trunk's log")
             response, tensors = pb.SessionResponse(error=to_message(failure)), {}
             self._log(logging.ERROR, message, "request failed", exc_info=True)
-        finally:
-            self._in_flight.release()
         response.id = message.id
         await self._write(response, tensors)
 

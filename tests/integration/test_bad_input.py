@@ -16,7 +16,7 @@ from peft import LoraConfig, PrefixTuningConfig
 from client_service import SplitModelForCausalLM, TrainingClient
 from client_service.connection import SERVICE, open_channel
 from client_service.optimizer_spec import OptimizerSettings, adamw
-from client_service.session import ForwardCall, SessionTerms, TrunkSession
+from client_service.session import CacheEdit, ForwardCall, SessionTerms, TrunkSession
 from shared.adapters.config import config_to_json
 from shared.errors import (
     AdapterError,
@@ -261,20 +261,25 @@ def test_a_spent_budget_recomputes_and_then_refuses(
 ) -> None:
     folder = save_tiny_model("gpt2", tmp_path)
     roomy = trunkd("--model", str(folder))
-    # Six boundary activations of HIDDEN, and not a single graph.
-    tight = trunkd("--model", str(folder), "--session-held-bytes", str(6 * HIDDEN.nbytes))
+    # A few boundary activations and the adapter's gradient, and not a single graph.
+    tight = trunkd("--model", str(folder), "--session-held-bytes", str(20 * HIDDEN.nbytes))
     gradients = []
     for daemon in (roomy, tight):
         session = TrunkSession(
             daemon.address, SessionTerms(peft_config_json=config_to_json(LORA), seed=1)
         )
-        for number in range(6):
+        for number in range(20):
             call = ForwardCall(request_id=str(number), keep_graph=True, training=True)
             session.forward(HIDDEN, call)
         if daemon is tight:
-            with pytest.raises(ResourceExhaustedError) as caught:
-                session.forward(HIDDEN, HELD)
-            assert caught.value.retry_after_s > 0
+            for refused in (
+                lambda s=session: s.forward(HIDDEN, HELD),
+                lambda s=session: s.backward(HIDDEN, "0"),
+            ):
+                with pytest.raises(ResourceExhaustedError) as caught:
+                    refused()
+                assert caught.value.retry_after_s > 0
+        session.release([str(number) for number in range(1, 20)], [])
         gradients.append(session.backward(HIDDEN, "0")[0])
         session.forward(HIDDEN, HELD)  # there is room again
         session.close()
@@ -307,3 +312,23 @@ def test_a_bad_model_folder_is_named(daemon: Daemon, tmp_path: Path) -> None:
     ):
         with pytest.raises(CheckpointError, match=why):
             SplitModelForCausalLM.from_pretrained(folder, daemon.address)
+
+
+def test_cache_edits_stay_within_the_budget_one_by_one(session: TrunkSession) -> None:
+    session.forward(HIDDEN, ForwardCall(cache_id="c"))
+    edits = [CacheEdit(repeats=2_000_000), CacheEdit(reorder=[0])]
+    with pytest.raises(ResourceExhaustedError, match="edit"):
+        session.forward(HIDDEN[:1], ForwardCall(cache_id="c", cache_edits=edits))
+    with pytest.raises(ProtocolError, match="rows"):
+        session.forward(HIDDEN, ForwardCall(cache_id="c", cache_edits=[CacheEdit(reorder=[7, 7])]))
+    session.forward(HIDDEN, ForwardCall(cache_id="c"))
+
+
+def test_a_step_ends_what_was_held_before_it(session: TrunkSession) -> None:
+    session.forward(HIDDEN, HELD)
+    session.forward(HIDDEN, ForwardCall(request_id="b", keep_graph=True, training=True, micro=1))
+    session.backward(HIDDEN, "a")
+    session.step(1, 1.0, adamw(0.0))
+    with pytest.raises(UnknownRequestError):
+        session.backward(HIDDEN, "b")
+    session.restore({name: torch.zeros_like(w) for name, w in session.adapter().items()})

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from client_service import SplitModelForCausalLM
 from client_service.verify import VerifyPlan, verify
+from shared.errors import AdapterError, ProtocolError
 from shared.models import family_of
 from tests.conftest import Daemon
 from tests.models import VOCAB, save_tiny_model
@@ -196,3 +197,28 @@ def test_fresh_adapters_are_fixed_by_the_seed(trunkd: Start, tmp_path: Path) -> 
     first, again, other = fresh(1), fresh(1), fresh(2)
     assert all(torch.equal(first[name], again[name]) for name in first)
     assert any(not torch.equal(first[name], other[name]) for name in first)
+
+
+def test_what_would_be_silently_wrong_is_refused(trunkd: Start, tmp_path: Path) -> None:
+    folder = save_tiny_model("gpt2", tmp_path / "model")
+    address = trunkd("--model", str(folder)).address
+    model = SplitModelForCausalLM.from_pretrained(folder, address, peft_config=lora("gpt2"))
+    with pytest.raises(AdapterError, match="switched off"), model.disable_adapter():
+        pass
+    ids = next(padded_batches())["input_ids"]
+    cache = model(ids, use_cache=True).past_key_values
+    with pytest.raises(ProtocolError, match="no_grad"):
+        model(ids[:, :1], past_key_values=cache)
+
+
+def test_load_adapter_reaches_the_trunk(trunkd: Start, tmp_path: Path) -> None:
+    folder = save_tiny_model("gpt2", tmp_path / "model")
+    address = trunkd("--model", str(folder)).address
+    model = SplitModelForCausalLM.from_pretrained(folder, address, peft_config=lora("gpt2"))
+    losses(model, 2, rate=1e-2)
+    model.save_pretrained(tmp_path / "adapter")
+    saved = model.remote_trunk.session.adapter()
+    losses(model, 2, rate=1e-2)
+    model.load_adapter(tmp_path / "adapter", "default")
+    restored = model.remote_trunk.session.adapter()
+    assert all(torch.equal(restored[name], saved[name]) for name in saved)
