@@ -171,8 +171,8 @@ def test_zeroed_gradients_are_forgotten_on_the_trunk_too(trunkd: Start, tmp_path
 
 def test_a_dropped_graph_frees_the_trunks_state(trunkd: Start, tmp_path: Path) -> None:
     folder = save_tiny_model("gpt2", tmp_path / "model")
-    # Room for a few of these graphs at once, not for fifty.
-    daemon = trunkd("--model", str(folder), "--session-held-bytes", "20000000")
+    # Room for the gradient and ten boundary activations, not for fifty.
+    daemon = trunkd("--model", str(folder), "--session-held-bytes", "450000")
     model = SplitModelForCausalLM.from_pretrained(
         folder, daemon.address, peft_config=lora("gpt2")
     ).train()
