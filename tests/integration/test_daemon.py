@@ -1,0 +1,160 @@
+"""A daemon over its life: leases, draining, models it cannot serve, what it logs."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import grpc
+import pytest
+import torch
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from peft import LoraConfig
+
+from client_service.optimizer_spec import adamw
+from client_service.session import ForwardCall, SessionTerms, TrunkSession
+from shared.adapters.config import config_to_json
+from shared.errors import DrainingError, TrunkUnavailableError, UnknownRequestError
+from tests.conftest import Daemon, start_daemon
+from tests.models import save_tiny_model
+
+HIDDEN = torch.randn(2, 6, 128, generator=torch.Generator().manual_seed(0))
+HELD = ForwardCall(request_id="a", keep_graph=True, training=True)
+LORA = config_to_json(LoraConfig(r=4, target_modules=["c_attn"]))
+
+
+def drain(daemon: Daemon) -> None:
+    """Sends SIGTERM and waits until the daemon says that it takes no new work."""
+    with grpc.insecure_channel(daemon.address) as channel:
+        health = health_pb2_grpc.HealthStub(channel)
+        states = health.Watch(health_pb2.HealthCheckRequest(service="trunkline.v1.TrunkService"))
+        assert next(states).status == health_pb2.HealthCheckResponse.SERVING
+        daemon.process.send_signal(signal.SIGTERM)
+        assert next(states).status == health_pb2.HealthCheckResponse.NOT_SERVING
+        states.cancel()
+
+
+def test_the_ready_file_says_what_is_served(bundled_trunk: Daemon) -> None:
+    ready = bundled_trunk.ready
+    assert set(ready) == {"address", "pid", "model_type", "split", "weight_digest"}
+    assert ready["pid"] == bundled_trunk.process.pid
+    session = TrunkSession(
+        ready["address"], SessionTerms(split=(2, 10), weight_digest=ready["weight_digest"])
+    )
+    assert (session.info.model_type, "2:10") == (ready["model_type"], ready["split"])
+    session.close()
+
+
+def test_draining_lets_an_open_step_finish_and_takes_nothing_new(tmp_path: Path) -> None:
+    daemon = start_daemon(tmp_path, "--drain-timeout-s", "600")
+    session = TrunkSession(daemon.address, SessionTerms(peft_config_json=LORA))
+    session.forward(HIDDEN, HELD)
+    drain(daemon)
+    with pytest.raises(DrainingError, match="no new forward"):
+        session.forward(HIDDEN, ForwardCall())
+    with pytest.raises(TrunkUnavailableError):
+        TrunkSession(daemon.address, SessionTerms())
+    _, norm = session.backward(HIDDEN, "a")
+    assert norm > 0
+    assert session.step(1, 1.0, adamw(0.1)) == norm
+    assert daemon.process.wait(timeout=60) == 0
+    session.close()
+
+
+def test_a_frozen_session_holds_up_no_draining(tmp_path: Path) -> None:
+    daemon = start_daemon(tmp_path, "--drain-timeout-s", "600")
+    session = TrunkSession(daemon.address, SessionTerms())
+    session.forward(HIDDEN, HELD)
+    session.backward(HIDDEN, "a")  # its last: a frozen trunk is never stepped
+    drain(daemon)
+    try:
+        assert daemon.process.wait(timeout=15) == 0
+    finally:
+        session.close()
+        assert daemon.process.wait(timeout=60) == 0
+
+
+def test_a_forward_without_a_backward_expires(trunkd: Callable[..., Daemon]) -> None:
+    daemon = trunkd("--held-lease-s", "0.2")
+    session = TrunkSession(daemon.address, SessionTerms())
+    watcher = TrunkSession(daemon.address, SessionTerms())
+    session.forward(HIDDEN, HELD)
+    while "held state expired" not in daemon.log():
+        watcher.forward(HIDDEN, ForwardCall())
+    with pytest.raises(UnknownRequestError, match="expired"):
+        session.backward(HIDDEN, "a")
+    assert torch.equal(
+        session.forward(HIDDEN, ForwardCall()), watcher.forward(HIDDEN, ForwardCall())
+    )
+    session.close()
+    watcher.close()
+
+
+def test_released_forwards_give_their_room_back(trunkd: Callable[..., Daemon]) -> None:
+    daemon = trunkd("--session-held-bytes", str(HIDDEN.nbytes))
+    session = TrunkSession(daemon.address, SessionTerms())
+    for number in range(8):
+        session.forward(HIDDEN, ForwardCall(request_id=str(number), keep_graph=True))
+        session.release([str(number), "never sent"], ["no cache"])
+    session.close()
+
+
+@pytest.mark.parametrize(
+    ("harm", "said"),
+    [
+        ("truncated", "model.safetensors"),
+        ("bert", "'bert' cannot be split; accepted: gpt2"),
+        ("no weights", "no weights"),
+        ("config is no JSON", "not readable as JSON"),
+        ("too few blocks", "h.9."),
+        ("narrower blocks", "has shape"),
+    ],
+)
+def test_a_model_it_cannot_serve_is_named(harm: str, said: str, tmp_path: Path) -> None:
+    folder = save_tiny_model("gpt2", tmp_path / "model")
+    weights, config = folder / "model.safetensors", folder / "config.json"
+    fields = json.loads(config.read_text())
+    match harm:
+        case "truncated":
+            weights.write_bytes(weights.read_bytes()[:-100])
+        case "bert":
+            config.write_text('{"model_type": "bert"}')
+        case "no weights":
+            weights.unlink()
+        case "config is no JSON":
+            config.write_text("{")
+        case "too few blocks":
+            save_tiny_model("gpt2", folder, n_layer=9)
+            config.write_text(json.dumps(fields))
+        case "narrower blocks":
+            config.write_text(json.dumps(fields | {"n_embd": 128}))
+    done = subprocess.run(
+        [sys.executable, "-m", "trunk_service", "--model", str(folder), "--listen", "127.0.0.1:0"],
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 2
+    assert said in done.stderr and "Traceback" not in done.stderr
+
+
+def test_logs_are_json_lines_without_values(tmp_path: Path) -> None:
+    daemon = start_daemon(tmp_path, "--log-level", "debug")
+    session = TrunkSession(daemon.address, SessionTerms(peft_config_json=LORA))
+    marked = torch.full((1, 2, 128), 1234.5)
+    session.forward(marked, ForwardCall(request_id="mine", keep_graph=True, training=True))
+    with pytest.raises(UnknownRequestError):
+        session.backward(marked, "another")
+    session.backward(marked, "mine")
+    session.close()
+    daemon.process.terminate()
+    assert daemon.process.wait(timeout=60) == 0
+    entries = [json.loads(line) for line in daemon.log().splitlines()]
+    assert all({"time", "level", "logger", "message"} <= entry.keys() for entry in entries)
+    refused = next(entry for entry in entries if "refused" in entry["message"])
+    assert (refused["session"], refused["request"]) == (session.session_id, "another")
+    assert "1234.5" not in daemon.log() and "tensor(" not in daemon.log()
