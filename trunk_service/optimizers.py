@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -32,6 +31,7 @@ class _Kind:
 
 
 _ADAM = frozenset({"lr", "beta1", "beta2", "eps", "weight_decay"})
+_LARGEST = torch.finfo(torch.float32).max
 _COMMON_FLAGS = frozenset({"maximize", "foreach"})
 
 KINDS: dict[str, _Kind] = {
@@ -67,13 +67,17 @@ def update_settings(optimizer: torch.optim.Optimizer, spec: OptimizerSpec) -> No
     Raises:
         OptimizerError: As :func:`build_optimizer`, or if the name is another optimizer's.
     """
-    settings = _settings(spec)
+    # Built anew, so that torch checks the values and what is not given is torch's default again.
+    fresh = build_optimizer(spec, [torch.nn.Parameter(torch.zeros(1))])
     if type(optimizer) is not KINDS[spec.name].build:
         raise OptimizerError(
             f"this session steps with {type(optimizer).__name__}; {spec.name} was given: "
             f"an optimizer cannot be exchanged in the middle of a session"
         )
+    settings = {k: v for k, v in fresh.param_groups[0].items() if k != "params"}
     for group in optimizer.param_groups:
+        if settings.get("amsgrad") != group.get("amsgrad"):
+            raise OptimizerError(f"{spec.name}: amsgrad cannot change in the middle of a session")
         group.update(settings)
 
 
@@ -87,8 +91,8 @@ def _settings(spec: OptimizerSpec) -> dict[str, Any]:
         raise OptimizerError(_unknown(spec.name, unknown, kind.hyperparameters))
     if unknown := [n for n in spec.flags if n not in kind.flags]:
         raise OptimizerError(_unknown(spec.name, unknown, kind.flags))
-    if bad := {n: v for n, v in spec.hyperparameters.items() if not math.isfinite(v) or v < 0}:
-        raise OptimizerError(f"{spec.name}: {bad} are not finite numbers from 0 up")
+    if bad := {n: v for n, v in spec.hyperparameters.items() if not 0 <= v <= _LARGEST}:
+        raise OptimizerError(f"{spec.name}: {bad} are not numbers from 0 to {_LARGEST:.3g}")
     settings: dict[str, Any] = {**spec.hyperparameters, **spec.flags}
     if "beta1" in settings or "beta2" in settings:
         settings["betas"] = (settings.pop("beta1", 0.9), settings.pop("beta2", 0.999))

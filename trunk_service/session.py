@@ -253,7 +253,8 @@ class TenantSession:
         inputs = [held.input_BTD, *self._trainable.parameters]
         gradient_BTD = request.gradient_BTD.to(self._trunk.device, output_BTD.dtype)
         found = torch.autograd.grad(output_BTD, inputs, gradient_BTD, allow_unused=True)
-        self.gradients.assign(held.request.micro, list(found[1:]))
+        if self._trainable.parameters:
+            self.gradients.assign(held.request.micro, list(found[1:]))
         return found[0]
 
     def _reserve_gradients(self) -> None:
@@ -279,7 +280,7 @@ class TenantSession:
         with keyed_generator(*key, device=device) if draws else contextlib.nullcontext():
             output: Any = self.model(
                 inputs_embeds=input_BTD,
-                attention_mask=_to(request.attention_mask, device),
+                attention_mask=self._mask(request),
                 position_ids=_to(request.position_ids, device),
                 past_key_values=past,
                 use_cache=past is not None,
@@ -307,6 +308,13 @@ class TenantSession:
 
     def _input(self, request: ForwardRequest) -> torch.Tensor:
         return request.hidden_BTD.to(self._trunk.device, self._trunk.info.dtype)
+
+    def _mask(self, request: ForwardRequest) -> torch.Tensor | None:
+        mask, info = request.attention_mask, self._trunk.info
+        if mask is None:
+            return None
+        # An additive mask must have the dtype that attention is computed in.
+        return mask.to(self._trunk.device, info.dtype if mask.is_floating_point() else mask.dtype)
 
     def _to_wire(self, tensor: torch.Tensor) -> torch.Tensor:
         return tensor.detach().to("cpu", self._terms.wire_dtype)

@@ -45,7 +45,6 @@ class SessionStream:
         self._write_lock = asyncio.Lock()
         self._in_flight = asyncio.Semaphore(registry.limits.max_requests_in_flight)
         self._session: OpenSession | None = None
-        self._last_id = 0
         self._tasks: set[asyncio.Task[None]] = set()
         info, limits = registry.trunk.info, registry.limits
 
@@ -53,7 +52,7 @@ class SessionStream:
             return translate.max_tensor_bytes(message, info, limits)
 
         widest = cap(pb.SessionRequest(forward=pb.Forward()))
-        self._inbox = Inbox(pb.SessionRequest, cap, max_open_bytes=2 * widest)
+        self._inbox = Inbox(pb.SessionRequest, cap, max_open_bytes=2 * widest, ids_grow=True)
 
     async def serve(self, frames: AsyncIterator[bytes]) -> None:
         """Reads frames until the client ends the stream, then frees the session.
@@ -84,7 +83,6 @@ class SessionStream:
         await self._in_flight.acquire()
         message = incoming.message
         error = incoming.error or self._refusal(message)
-        self._last_id = max(self._last_id, message.id)
         if error is not None or message.WhichOneof("body") == "open":
             # Nothing of the session can start before it is open, so this is not run beside.
             try:
@@ -107,8 +105,6 @@ class SessionStream:
 
     def _refusal(self, message: pb.SessionRequest) -> TrunklineError | None:
         kind = message.WhichOneof("body")
-        if message.id <= self._last_id:
-            return ProtocolError(f"message id {message.id} after {self._last_id}: ids only grow")
         if (self._session is None) != (kind == "open"):
             return ProtocolError(f"{kind} came {'before' if kind != 'open' else 'after an'} open")
         if self._registry.draining and kind in _NEW_WORK:

@@ -68,12 +68,16 @@ def _check_mask(mask: torch.Tensor, batch: int, tokens: int, total: int) -> None
     if shape == flat and not mask.is_floating_point():
         return
     # A four-dimensional mask may be additive: then it is floating point and holds -Inf.
-    if shape == full and not bool(torch.isnan(mask).any()):
+    if shape == full and (mask.dtype == torch.bool or _is_additive(mask)):
         return
     raise TensorError(
         f"attention_mask is {mask.dtype} {shape}; accepted: whole numbers or bool "
-        f"{list(flat)}, or {list(full)}"
+        f"{list(flat)}, or bool or floating point without NaN and +Inf {list(full)}"
     )
+
+
+def _is_additive(mask: torch.Tensor) -> bool:
+    return mask.is_floating_point() and bool((mask < float("inf")).all())
 
 
 def _check_positions(positions: torch.Tensor, batch: int, tokens: int, limit: int) -> None:

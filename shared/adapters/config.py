@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
+import math
 import re
 from typing import Any
 
@@ -76,6 +77,7 @@ def check_config(config: PeftConfig) -> None:
             f"{', '.join(map(repr, _HARMLESS_INITIALISATIONS))}"
         )
     _check_patterns(config)
+    _check_numbers(config)
     if config.task_type not in (None, TaskType.CAUSAL_LM):
         raise AdapterError(f"task_type {config.task_type} is not accepted; accepted: CAUSAL_LM")
 
@@ -104,7 +106,7 @@ def config_from_json(text: str) -> PeftConfig:
         raise AdapterError(f"PEFT configuration of {len(text)} bytes; at most {_MAX_JSON_BYTES}")
     try:
         fields = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise AdapterError(f"PEFT configuration is not JSON: {error}") from error
     if not isinstance(fields, dict):
         raise AdapterError(f"PEFT configuration is {type(fields).__name__}, not an object")
@@ -126,7 +128,7 @@ def config_from_fields(fields: dict[str, Any]) -> PeftConfig:
     given.update(task_type=TaskType.CAUSAL_LM, inference_mode=False)
     try:
         config = config_class(**given)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, AttributeError, ImportError) as error:
         raise AdapterError(f"{method} configuration refused by PEFT: {error}") from error
     check_config(config)
     return config
@@ -134,7 +136,10 @@ def config_from_fields(fields: dict[str, Any]) -> PeftConfig:
 
 def largest_rank(config: PeftConfig) -> int:
     """The largest rank a LoRA configuration asks for, patterns included."""
-    ranks = [getattr(config, "r", 0) or 0, *(getattr(config, "rank_pattern", None) or {}).values()]
+    patterns = getattr(config, "rank_pattern", None) or {}
+    if not isinstance(patterns, dict):
+        raise AdapterError(f"rank_pattern={patterns!r} is not accepted: an object is")
+    ranks = [getattr(config, "r", 0) or 0, *patterns.values()]
     if not all(isinstance(r, int) and r > 0 for r in ranks):
         raise AdapterError(f"ranks {ranks} are not all whole numbers above 0")
     return int(max(ranks))
@@ -144,6 +149,8 @@ def _check_patterns(config: PeftConfig) -> None:
     """Refuses regular expressions that could take for ever to match a module's name."""
     for name in ("target_modules", "exclude_modules", "layers_pattern", "modules_to_save"):
         value = getattr(config, name, None) or ()
+        if not isinstance(value, str | list | tuple | set):
+            raise AdapterError(f"{name}={value!r} is not accepted: a string or a list of them is")
         for pattern in (value,) if isinstance(value, str) else value:
             _check_pattern(name, pattern)
     for name in ("rank_pattern", "alpha_pattern"):
@@ -159,6 +166,20 @@ def _check_pattern(name: str, pattern: Any) -> None:
             f"{name} {pattern!r} is not accepted: a string with at most {_MAX_REPEATS} "
             f"repetitions and none of a group is"
         )
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise AdapterError(f"{name} {pattern!r} is not a regular expression: {error}") from error
+
+
+def _check_numbers(config: PeftConfig) -> None:
+    patterns = getattr(config, "alpha_pattern", None) or {}
+    if not isinstance(patterns, dict):
+        raise AdapterError(f"alpha_pattern={patterns!r} is not accepted: an object is")
+    alphas = {"lora_alpha": getattr(config, "lora_alpha", 1), **patterns}
+    for name, value in alphas.items():
+        if not isinstance(value, int | float) or not math.isfinite(value):
+            raise AdapterError(f"{name}: scale {value!r} is not accepted: a finite number is")
 
 
 def _method_name(peft_type: Any) -> str:

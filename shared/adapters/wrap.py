@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from typing import Any
 
 from peft import PeftConfig, PeftModelForCausalLM
@@ -45,5 +46,5 @@ def wrap(
     try:
         with keyed_generator("adapter", seed, place):
             return wrapper(model, config)
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError, re.error) as error:
         raise AdapterError(f"PEFT cannot put this adapter on the {place}: {error}") from error

@@ -103,6 +103,5 @@ def _naming(path: Path) -> Iterator[None]:
         RuntimeError,
         UnicodeDecodeError,
     ) as error:
-        raise CheckpointError(
-            f"{path}: damaged or not a weight file ({str(error).splitlines()[0]})"
-        ) from error
+        why = (str(error) or type(error).__name__).splitlines()[0]
+        raise CheckpointError(f"{path}: damaged or not a weight file ({why})") from error

@@ -22,6 +22,7 @@ MAX_FRAME_BYTES = CHUNK_BYTES + 1024 * 1024
 
 MAX_RANK = 8
 MAX_TENSORS = 100_000
+MAX_ELEMENTS = 2**60
 
 if sys.byteorder != "little":
     raise ImportError("tensors travel little-endian and are not converted; this host is big-endian")
@@ -114,4 +115,7 @@ def _raw(tensor: torch.Tensor) -> torch.Tensor:
 def _byte_size(spec: pb.TensorSpec) -> int:
     if len(spec.shape) > MAX_RANK:
         raise TensorError(f"{spec.name}: rank {len(spec.shape)}; at most {MAX_RANK} is accepted")
+    # Empty dimensions count as 1 here: torch computes strides past them, and those overflow.
+    if math.prod(max(1, size) for size in spec.shape) > MAX_ELEMENTS:
+        raise TensorError(f"{spec.name}: shape {list(spec.shape)} is larger than any tensor")
     return math.prod(spec.shape) * to_torch(spec.data_type).itemsize
