@@ -21,6 +21,9 @@ class GradientSlots:
     def __len__(self) -> int:
         return len(self._slots)
 
+    def __contains__(self, micro: int) -> bool:
+        return micro in self._slots
+
     def assign(self, micro: int, gradients: Gradients) -> None:
         """Sets the gradients of one micro-batch."""
         self._slots[micro] = gradients

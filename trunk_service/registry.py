@@ -44,6 +44,7 @@ class SessionRegistry:
         self.budget = ByteBudget(limits.held_bytes, "trunk's held-state")
         self.draining = False
         self._sessions: dict[str, OpenSession] = {}
+        self._opening: set[Future[OpenSession]] = set()
         self._completed_before = 0
         self._completed_at_trim = 0
 
@@ -59,10 +60,10 @@ class SessionRegistry:
         """
         if self.draining:
             raise DrainingError("the trunk is shutting down and opens no session")
-        if len(self._sessions) >= self.limits.max_sessions:
-            raise ResourceExhaustedError(
-                f"{len(self._sessions)} sessions are open, as many as are allowed", 30.0
-            )
+        self._opening = {f for f in self._opening if not f.done()}
+        count = len(self._sessions) + len(self._opening)
+        if count >= self.limits.max_sessions:
+            raise ResourceExhaustedError(f"{count} sessions are open, as many as are allowed", 30.0)
         session_id = uuid.uuid4().hex
 
         def build() -> OpenSession:
@@ -71,7 +72,9 @@ class SessionRegistry:
             self._sessions[session_id] = session
             return session
 
-        return self.scheduler.submit(session_id, build)
+        opened = self.scheduler.submit(session_id, build)
+        self._opening.add(opened)
+        return opened
 
     def close(self, session: OpenSession) -> Future[None]:
         """Frees a session after the requests it still has in the queue."""

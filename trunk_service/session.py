@@ -144,9 +144,12 @@ class TenantSession:
             )
         if request.reset_gradients:
             self._drop_gradients()
-        self._reserve_gradients()
+        reserved = self._reserve_gradients(held.request.micro)
         try:
             input_gradient = self._backward_held(held, request)
+        except BaseException:
+            self._give_back_gradients(reserved)
+            raise
         finally:
             self.held.drop(request.request_id)
         wanted = request.need_input_gradient and input_gradient is not None
@@ -257,10 +260,18 @@ class TenantSession:
             self.gradients.assign(held.request.micro, list(found[1:]))
         return found[0]
 
-    def _reserve_gradients(self) -> None:
+    def _reserve_gradients(self, micro: int) -> int:
+        """Reserves a slot's bytes; none if the micro-batch has one, which is then replaced."""
+        if micro in self.gradients:
+            return 0
         count = sum(p.nbytes for p in self._trainable.parameters)
         self.budget.reserve(count)
         self._gradient_bytes += count
+        return count
+
+    def _give_back_gradients(self, count: int) -> None:
+        self.budget.release(count)
+        self._gradient_bytes -= count
 
     def _drop_gradients(self) -> None:
         self.gradients.clear()

@@ -76,7 +76,9 @@ class SessionStream:
     @property
     def lease_is_over(self) -> bool:
         """True when the client was silent for longer than its session's lease."""
-        return self._session is not None and self._session in self._registry.expired()
+        if self._session is None or self._tasks:
+            return False  # what it waits for is not its silence
+        return self._session in self._registry.expired()
 
     async def _begin(self, incoming: Incoming[pb.SessionRequest]) -> None:
         """Starts a request; waits while as many as are allowed are under way."""
@@ -96,6 +98,8 @@ class SessionStream:
         await asyncio.sleep(0)  # lets the task reach the scheduler, so requests keep their order
 
     def _done(self, task: asyncio.Task[None]) -> None:
+        if self._session is not None:
+            self._session.touch()  # the lease counts silence, not the trunk's own computing
         # Only now, with its answer written: else a client that reads nothing would make the trunk
         # hold answer upon answer for it.
         self._in_flight.release()

@@ -18,6 +18,7 @@ from shared.adapters.config import config_from_json
 from shared.bundled import model_dir
 from shared.errors import AdapterError, CheckpointError
 from shared.models import open_checkpoint
+from shared.models.tensor_files import first_line
 
 ModelOption = Annotated[
     str, typer.Option(help="Model folder (whole or split) or hub id; default: the bundled model.")
@@ -58,9 +59,7 @@ def load_tokenizer(model: str) -> Any:
     try:
         return AutoTokenizer.from_pretrained(folder)
     except (OSError, ValueError) as error:
-        raise CheckpointError(
-            f"{model}: no tokenizer there ({str(error).splitlines()[0]})"
-        ) from error
+        raise CheckpointError(f"{model}: no tokenizer there ({first_line(error)})") from error
 
 
 def read_peft_config(method: str, file: Path | None, model: str, dropout: float) -> PeftConfig:

@@ -21,7 +21,7 @@ from transformers.utils import cached_file
 from shared.errors import CheckpointError
 from shared.models.families import Family, family_of
 from shared.models.split_range import SplitRange
-from shared.models.tensor_files import TensorFile, open_tensor_file
+from shared.models.tensor_files import TensorFile, first_line, open_tensor_file
 
 WEIGHT_FILES = (
     "model.safetensors",
@@ -210,7 +210,7 @@ def _hub_file(repo: str, name: str) -> Path | None:
         )
     except OSError as error:
         raise CheckpointError(
-            f"{repo}: neither a folder here nor a model of the hub ({str(error).splitlines()[0]})"
+            f"{repo}: neither a folder here nor a model of the hub ({first_line(error)})"
         ) from error
     return Path(found) if found else None
 

@@ -103,5 +103,10 @@ def _naming(path: Path) -> Iterator[None]:
         RuntimeError,
         UnicodeDecodeError,
     ) as error:
-        why = (str(error) or type(error).__name__).splitlines()[0]
+        why = first_line(error)
         raise CheckpointError(f"{path}: damaged or not a weight file ({why})") from error
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message; its class where it has none."""
+    return (str(error) or type(error).__name__).splitlines()[0]
