@@ -18,6 +18,7 @@ from trunk_service.servicer import SERVICE_NAME, TrunkServicer
 logger = logging.getLogger(__name__)
 
 _REAP_INTERVAL_S = 1.0
+_FAREWELL_S = 10.0  # how long the streams may take to end
 
 _OPTIONS = [
     ("grpc.max_receive_message_length", MAX_FRAME_BYTES),
@@ -79,7 +80,7 @@ class TrunkServer:
         deadline = time.monotonic() + timeout_s
         while time.monotonic() < deadline and not self._quiet:
             await asyncio.sleep(0.05)
-        self._servicer.end_all("the trunk is shutting down")
+        await self._servicer.end_all("the trunk is shutting down", timeout_s=_FAREWELL_S)
         await self._server.stop(grace=2.0)
         if self._reaper is not None:
             self._reaper.cancel()

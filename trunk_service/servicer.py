@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import AsyncIterator
 
 import grpc
@@ -78,10 +79,16 @@ class TrunkServicer:
                 why = f"the session was silent for more than its lease of {lease_s:g} s"
                 self._end(stream, grpc.StatusCode.ABORTED, why)
 
-    def end_all(self, why: str) -> None:
-        """Ends every stream because the trunk goes away."""
+    async def end_all(self, why: str, timeout_s: float) -> None:
+        """Ends every stream because the trunk goes away, and waits until each was told.
+
+        Stopping the server before that would cut off the statuses that are on their way.
+        """
         for stream in list(self._streams):
             self._end(stream, grpc.StatusCode.UNAVAILABLE, why)
+        deadline = time.monotonic() + timeout_s
+        while self._streams and time.monotonic() < deadline:
+            await asyncio.sleep(0.01)
 
     def _end(self, stream: SessionStream, code: grpc.StatusCode, why: str) -> None:
         self._endings[stream] = code, why

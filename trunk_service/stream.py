@@ -28,6 +28,8 @@ logger = logging.getLogger(__name__)
 Send = Callable[[bytes], Awaitable[None]]
 Answer = tuple[pb.SessionResponse, Mapping[str, torch.Tensor]]
 
+_LAST_WRITE_S = 5.0
+
 _NEW_WORK = frozenset({"open", "forward", "restore"})
 
 
@@ -43,6 +45,7 @@ class SessionStream:
         self._registry = registry
         self._send = send
         self._write_lock = asyncio.Lock()
+        self._writing: asyncio.Future[None] | None = None
         self._in_flight = asyncio.Semaphore(registry.limits.max_requests_in_flight)
         self._session: OpenSession | None = None
         self._tasks: set[asyncio.Task[None]] = set()
@@ -71,6 +74,7 @@ class SessionStream:
         finally:
             for task in self._tasks:
                 task.cancel()
+            await self._finish_write()
             await self._close()
 
     @property
@@ -182,7 +186,19 @@ class SessionStream:
         # One message's frames may interleave with another's, one frame's bytes may not.
         for frame in to_frames(response, tensors):
             async with self._write_lock:
-                await self._send(frame)
+                self._writing = asyncio.ensure_future(self._send(frame))
+                await asyncio.shield(self._writing)
+
+    async def _finish_write(self) -> None:
+        """Waits for the frame that is being written.
+
+        Cancelling its task would not take it back from gRPC, which refuses to send the stream's
+        last status while a frame is under way. A client that reads nothing is not waited for long.
+        """
+        if self._writing is not None:
+            await asyncio.wait({self._writing}, timeout=_LAST_WRITE_S)
+            if self._writing.done() and not self._writing.cancelled():
+                self._writing.exception()  # a client that is gone: nothing is left to tell it
 
     def _log(self, level: int, message: pb.SessionRequest, text: str, **kwargs: Any) -> None:
         body = getattr(message, message.WhichOneof("body") or "open")
