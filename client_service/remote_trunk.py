@@ -13,14 +13,37 @@ from __future__ import annotations
 import collections
 import uuid
 import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch.autograd.function import once_differentiable
 
 from client_service.optimizer_spec import OptimizerSettings
-from client_service.session import CacheEdit, ForwardCall, TrunkSession
+from client_service.session import CacheEdit, ForwardCall, Tensors, TrunkSession
 from shared.errors import TrunkUnavailableError
+
+
+@dataclass
+class _Progress:
+    """Where the training of one of the trunk's adapters stands."""
+
+    trainable: bool
+    step: int = 1
+    """Number of the next optimizer step."""
+    micro: int = 0
+    norm: float = 0.0
+    accumulated: bool = False
+
+
+@dataclass(frozen=True)
+class Penalty:
+    """AdaLoRA's orthogonality term of the trunk's matrices, differentiable in training."""
+
+    total: torch.Tensor
+    terms: int
 
 
 class RemoteTrunk:
@@ -32,17 +55,32 @@ class RemoteTrunk:
 
     def __init__(self, session: TrunkSession) -> None:
         self.session = session
+        self._adapters = {"": _Progress(session.trainable_parameters > 0)}
+        self._active = ""
+        self._without_adapter = False
         self.proxy = torch.nn.Parameter(torch.zeros(1), requires_grad=self.trainable)
-        self._step = 1
-        self._micro = 0
-        self._norm = 0.0
-        self._accumulated = False
+        self.penalty: Penalty | None = None
+        """Of the last forward; None unless the trunk's adapter is AdaLoRA."""
+        self.prefix_tokens = 0
+        """Virtual tokens of prefix tuning, which each side puts before its own blocks."""
+        self.saved_by_peft = False
+        """Whether the model's ``save_pretrained`` joins the trunk's adapter with the client's."""
         self._dropped: collections.deque[tuple[str, str]] = collections.deque()
 
     @property
+    def active(self) -> str:
+        """Name on the trunk of the adapter in use; empty is the session's own."""
+        return self._active
+
+    @property
     def trainable(self) -> bool:
-        """Whether the trunk has an adapter to train in this session."""
-        return self.session.trainable_parameters > 0
+        """Whether the trunk has an adapter in use that can be trained."""
+        return self._now.trainable and not self._without_adapter
+
+    @property
+    def next_step(self) -> int:
+        """Number of the next optimizer step of the adapter in use."""
+        return self._now.step
 
     def run(
         self,
@@ -53,24 +91,19 @@ class RemoteTrunk:
     ) -> torch.Tensor:
         """Carries hidden states [B, T, D] through the trunk, differentiably where needed."""
         self._release_dropped()
+        call = self._call(attention_mask, position_ids, training)
         wanted = hidden_BTD.requires_grad or self.trainable
         if not (torch.is_grad_enabled() and wanted):
-            call = ForwardCall(attention_mask, position_ids, training=training, step=self._step)
-            return self.session.forward(hidden_BTD.detach(), call)
-        call = ForwardCall(
-            attention_mask,
-            position_ids,
-            request_id=uuid.uuid4().hex,
-            keep_graph=True,
-            training=training,
-            step=self._step,
-            micro=self._micro,
-        )
-        self._micro += 1
+            return self._ask(hidden_BTD, call)
+        progress = self._now
+        call = replace(call, request_id=uuid.uuid4().hex, keep_graph=True, micro=progress.micro)
+        progress.micro += 1
         # get_peft_model() freezes every parameter it did not make, this one included.
         self.proxy.requires_grad_(self.trainable)
-        output: torch.Tensor = _RemoteForward.apply(hidden_BTD, self.proxy, self, call)
-        return output
+        output, penalty = _RemoteForward.apply(hidden_BTD, self.proxy, self, call)
+        if self.penalty is not None:
+            self.penalty = replace(self.penalty, total=penalty)
+        return output  # type: ignore[no-any-return]
 
     def run_cached(
         self,
@@ -82,39 +115,88 @@ class RemoteTrunk:
     ) -> torch.Tensor:
         """Carries new tokens' hidden states through the trunk, extending its cache."""
         self._release_dropped()
-        call = ForwardCall(
-            attention_mask, position_ids, cache_id=cache_id, cache_edits=edits, step=self._step
-        )
-        return self.session.forward(hidden_BTD.detach(), call)
+        call = self._call(attention_mask, position_ids, training=False)
+        return self._ask(hidden_BTD, replace(call, cache_id=cache_id, cache_edits=edits))
 
     def backward(
-        self, gradient_BTD: torch.Tensor, request_id: str, need_input_gradient: bool
+        self,
+        gradient_BTD: torch.Tensor,
+        call: ForwardCall,
+        need_input_gradient: bool,
+        penalty_gradient: float = 0.0,
     ) -> torch.Tensor | None:
         """Carries a gradient back and shows the trunk's gradient norm in the proxy's gradient."""
-        found, self._norm = self.session.backward(
+        progress = self._adapters[call.adapter]
+        trains = progress.trainable and not call.without_adapter
+        found, norm = self.session.backward(
             gradient_BTD,
-            request_id,
+            call.request_id,
             need_input_gradient,
-            reset_gradients=self._accumulated and self._zeroed_by_client(),
+            reset_gradients=trains and progress.accumulated and self._zeroed_by_client(progress),
+            penalty_gradient=penalty_gradient,
         )
-        self._accumulated = True
-        if self.trainable:
-            self.proxy.grad = torch.full_like(self.proxy, self._norm)
+        if trains:
+            progress.norm, progress.accumulated = norm, True
+            self.proxy.grad = torch.full_like(self.proxy, norm)
         return found
 
     def step(self, optimizer: OptimizerSettings) -> None:
         """Steps the trunk's optimizer, if gradients were accumulated since the last step."""
-        if not (self.trainable and self._accumulated) or self._zeroed_by_client():
+        progress = self._now
+        if not self.has_gradients:
             return
         assert self.proxy.grad is not None
-        scale = float(self.proxy.grad) / self._norm if self._norm > 0 else 1.0
-        self.session.step(self._step, scale, optimizer)
-        self._step += 1
-        self._micro = 0
-        self._accumulated = False
+        scale = float(self.proxy.grad) / progress.norm if progress.norm > 0 else 1.0
+        self.session.step(progress.step, scale, optimizer, self._active)
+        progress.step += 1
+        progress.micro = 0
+        progress.accumulated = False
         self.proxy.grad = None
         with torch.no_grad():
             self.proxy.zero_()  # it stands for nothing that an optimizer could move
+
+    @property
+    def has_gradients(self) -> bool:
+        """Whether the trunk holds gradients that its next step would apply."""
+        progress = self._now
+        return self.trainable and progress.accumulated and not self._zeroed_by_client(progress)
+
+    def restore_optimizer(self, state: Tensors, optimizer: OptimizerSettings, step: int) -> None:
+        """Gives the trunk's optimizer the state it had after its step number ``step``."""
+        self.session.restore_optimizer(state, optimizer, step, self._active)
+        self._now.step = step + 1
+
+    def restore(self, weights: Tensors, weight_digest: str = "", step: int | None = None) -> None:
+        """Replaces the weights of the adapter in use, and its number of steps if given."""
+        self.session.restore(weights, self._active, weight_digest, step)
+        if step is not None:
+            self._now.step = step + 1
+
+    def add_adapter(self, name: str, peft_config_json: str, seed: int) -> None:
+        """Adds a fresh adapter beside the session's own; with no configuration, a frozen trunk."""
+        count = 0
+        if peft_config_json:
+            count = self.session.add_adapter(name, peft_config_json, seed)
+        self._adapters[name] = _Progress(count > 0)
+
+    def use_adapter(self, name: str) -> None:
+        """Runs with this adapter from now on."""
+        self._active = name
+        self.proxy.requires_grad_(self.trainable)
+
+    def remove_adapter(self, name: str) -> None:
+        """Frees an adapter."""
+        if self._adapters.pop(name).trainable:
+            self.session.remove_adapter(name)
+
+    @contextmanager
+    def without_adapter(self) -> Iterator[None]:
+        """Runs the trunk's blocks as they are."""
+        before, self._without_adapter = self._without_adapter, True
+        try:
+            yield
+        finally:
+            self._without_adapter = before
 
     def release(self, request_id: str = "", cache_id: str = "") -> None:
         """Notes state that will not be asked for again; the next call tells the trunk.
@@ -123,6 +205,37 @@ class RemoteTrunk:
         send itself.
         """
         self._dropped.append((request_id, cache_id))
+
+    def close(self) -> None:
+        """Ends the session."""
+        self.session.close()
+
+    @property
+    def _now(self) -> _Progress:
+        return self._adapters[self._active]
+
+    def _call(
+        self,
+        attention_mask: torch.Tensor | None,
+        position_ids: torch.Tensor | None,
+        training: bool,
+    ) -> ForwardCall:
+        # One that is frozen on the trunk has no name there.
+        bare = self._without_adapter or (self._active != "" and not self._now.trainable)
+        return ForwardCall(
+            attention_mask,
+            position_ids,
+            training=training,
+            step=self._now.step,
+            adapter="" if bare else self._active,
+            without_adapter=bare,
+        )
+
+    def _ask(self, hidden_BTD: torch.Tensor, call: ForwardCall) -> torch.Tensor:
+        reply = self.session.forward(hidden_BTD.detach(), call)
+        total = torch.tensor(reply.penalty, dtype=torch.float32, device=hidden_BTD.device)
+        self.penalty = Penalty(total, reply.penalty_terms) if reply.penalty_terms else None
+        return reply.hidden_BTD
 
     def _release_dropped(self) -> None:
         dropped = [self._dropped.popleft() for _ in range(len(self._dropped))]
@@ -134,12 +247,9 @@ class RemoteTrunk:
         except TrunkUnavailableError:
             return  # the session is gone, and its state with it
 
-    def close(self) -> None:
-        """Ends the session."""
-        self.session.close()
-
-    def _zeroed_by_client(self) -> bool:
-        return self.proxy.grad is None or (self._norm > 0 and float(self.proxy.grad) == 0.0)
+    def _zeroed_by_client(self, progress: _Progress) -> bool:
+        gradient = self.proxy.grad
+        return gradient is None or (progress.norm > 0 and float(gradient) == 0.0)
 
 
 class _HeldForward:
@@ -158,17 +268,20 @@ class _RemoteForward(torch.autograd.Function):
         proxy: torch.Tensor,
         trunk: RemoteTrunk,
         call: ForwardCall,
-    ) -> torch.Tensor:
-        output_BTD = trunk.session.forward(hidden_BTD.detach(), call)
-        ctx.trunk, ctx.request_id = trunk, call.request_id
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        output_BTD = trunk._ask(hidden_BTD, call)
+        ctx.trunk, ctx.call = trunk, call
         ctx.held = _HeldForward(trunk, call.request_id)
-        return output_BTD
+        penalty = trunk.penalty
+        return output_BTD, torch.zeros(()) if penalty is None else penalty.total
 
     @staticmethod
     @once_differentiable  # type: ignore[untyped-decorator]
-    def backward(ctx: Any, gradient_BTD: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    def backward(
+        ctx: Any, gradient_BTD: torch.Tensor, penalty_gradient: torch.Tensor
+    ) -> tuple[torch.Tensor | None, ...]:
         found = ctx.trunk.backward(
-            gradient_BTD.contiguous(), ctx.request_id, ctx.needs_input_grad[0]
+            gradient_BTD.contiguous(), ctx.call, ctx.needs_input_grad[0], float(penalty_gradient)
         )
         ctx.held.release.detach()
         return found, None, None, None

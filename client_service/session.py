@@ -15,6 +15,8 @@ from shared.errors import ModelMismatchError
 from shared.pb.trunkline.v1 import trunk_pb2 as pb
 from shared.wire.dtypes import to_wire
 
+Tensors = dict[str, torch.Tensor]
+
 CONNECT_TIMEOUT_S = 5.0
 REQUEST_TIMEOUT_S = 600.0
 
@@ -57,6 +59,29 @@ class ForwardCall:
     micro: int = 0
     cache_id: str = ""
     cache_edits: list[CacheEdit] = field(default_factory=list)
+    adapter: str = ""
+    """Empty is the session's own, of its terms."""
+    without_adapter: bool = False
+
+
+@dataclass(frozen=True)
+class ForwardReply:
+    """What the trunk gave: hidden states [B, T, D], and AdaLoRA's orthogonality term."""
+
+    hidden_BTD: torch.Tensor
+    penalty: float = 0.0
+    penalty_terms: int = 0
+    """Matrices that ``penalty`` is the sum over; 0 for another method."""
+
+
+@dataclass(frozen=True)
+class AdapterEntry:
+    """One adapter of the session on the trunk."""
+
+    name: str
+    peft_config_json: str
+    trainable_parameters: int
+    committed_step: int
 
 
 class TrunkSession:
@@ -98,7 +123,7 @@ class TrunkSession:
         """Bytes sent and received so far."""
         return self._connection.traffic
 
-    def forward(self, hidden_BTD: torch.Tensor, call: ForwardCall) -> torch.Tensor:
+    def forward(self, hidden_BTD: torch.Tensor, call: ForwardCall) -> ForwardReply:
         """Carries hidden states [B, T, D] through the trunk.
 
         Raises:
@@ -117,9 +142,13 @@ class TrunkSession:
             micro=call.micro,
             cache_id=call.cache_id,
             cache_ops=[_cache_op(edit) for edit in call.cache_edits],
+            adapter=call.adapter,
+            without_adapter=call.without_adapter,
         )
         answer = self._connection.ask(pb.SessionRequest(forward=body), tensors)
-        return answer.tensors["hidden_states"].to(hidden_BTD.device, hidden_BTD.dtype)
+        output_BTD = answer.tensors["hidden_states"].to(hidden_BTD.device, hidden_BTD.dtype)
+        result = answer.message.forward
+        return ForwardReply(output_BTD, result.penalty, result.penalty_terms)
 
     def backward(
         self,
@@ -127,6 +156,7 @@ class TrunkSession:
         request_id: str,
         need_input_gradient: bool = True,
         reset_gradients: bool = False,
+        penalty_gradient: float = 0.0,
     ) -> tuple[torch.Tensor | None, float]:
         """Carries a gradient [B, T, D] back through a forward.
 
@@ -141,6 +171,7 @@ class TrunkSession:
             request_id=request_id,
             need_input_gradient=need_input_gradient,
             reset_gradients=reset_gradients,
+            penalty_gradient=penalty_gradient,
         )
         tensors = {"gradient": gradient_BTD.to(self.terms.wire_dtype)}
         answer = self._connection.ask(pb.SessionRequest(backward=body), tensors)
@@ -149,7 +180,9 @@ class TrunkSession:
             found = found.to(gradient_BTD.device, gradient_BTD.dtype)
         return found, answer.message.backward.gradient_norm
 
-    def step(self, step: int, scale: float, optimizer: OptimizerSettings) -> float:
+    def step(
+        self, step: int, scale: float, optimizer: OptimizerSettings, adapter: str = ""
+    ) -> float:
         """Applies optimizer step number ``step`` on the trunk; returns its gradient's norm.
 
         Raises:
@@ -158,11 +191,8 @@ class TrunkSession:
         body = pb.Step(
             step=step,
             gradient_scale=scale,
-            optimizer=pb.Optimizer(
-                name=optimizer.name,
-                hyperparameters=optimizer.hyperparameters,
-                flags=optimizer.flags,
-            ),
+            optimizer=_optimizer(optimizer),
+            adapter=adapter,
         )
         return self._connection.ask(pb.SessionRequest(step=body)).message.step.gradient_norm
 
@@ -171,31 +201,99 @@ class TrunkSession:
         body = pb.Release(request_ids=request_ids, cache_ids=cache_ids)
         self._connection.send(pb.SessionRequest(release=body))
 
-    def adapter(self) -> dict[str, torch.Tensor]:
-        """Fetches the trunk's adapter weights, by PEFT's names."""
-        return self._snapshot(pb.SNAPSHOT_PART_ADAPTER, "adapter/")
+    def adapter(self, name: str = "") -> Tensors:
+        """Fetches an adapter's weights, by PEFT's names."""
+        return self._snapshot(name, pb.SNAPSHOT_PART_ADAPTER, "adapter/")
 
-    def gradients(self) -> dict[str, torch.Tensor]:
-        """Fetches the trunk's gradients accumulated since the last step."""
-        return self._snapshot(pb.SNAPSHOT_PART_GRADIENTS, "gradient/")
+    def gradients(self, name: str = "") -> Tensors:
+        """Fetches an adapter's gradients accumulated since its last step."""
+        return self._snapshot(name, pb.SNAPSHOT_PART_GRADIENTS, "gradient/")
 
-    def restore(self, weights: dict[str, torch.Tensor]) -> None:
-        """Replaces the trunk's adapter weights.
+    def optimizer_state(self, name: str = "") -> Tensors:
+        """Fetches the state of an adapter's optimizer, as ``PARAMETER/KEY``."""
+        return self._snapshot(name, pb.SNAPSHOT_PART_OPTIMIZER, "optimizer/")
+
+    def restore(
+        self, weights: Tensors, name: str = "", weight_digest: str = "", step: int | None = None
+    ) -> None:
+        """Replaces an adapter's weights on the trunk.
+
+        Args:
+            weights: By PEFT's names.
+            name: Of the adapter.
+            weight_digest: The trunk weights they were trained on; empty is not checked.
+            step: The adapter's number of optimizer steps so far; None keeps what it has.
 
         Raises:
             AdapterError: If they do not fit; nothing was changed.
         """
-        tensors = {f"adapter/{name}": tensor for name, tensor in weights.items()}
-        self._connection.ask(pb.SessionRequest(restore=pb.Restore()), tensors)
+        body = pb.Restore(adapter=name, weight_digest=weight_digest, committed_step=step)
+        tensors = {f"adapter/{n}": tensor for n, tensor in weights.items()}
+        self._connection.ask(pb.SessionRequest(restore=body), tensors)
+
+    def restore_optimizer(
+        self, state: Tensors, optimizer: OptimizerSettings, step: int, name: str = ""
+    ) -> None:
+        """Replaces the state of an adapter's optimizer and the number of its steps.
+
+        Raises:
+            OptimizerError: If it does not fit; nothing was changed.
+        """
+        body = pb.Restore(adapter=name, committed_step=step, optimizer=_optimizer(optimizer))
+        tensors = {f"optimizer/{n}": tensor for n, tensor in state.items()}
+        self._connection.ask(pb.SessionRequest(restore=body), tensors)
+
+    def add_adapter(self, name: str, peft_config_json: str, seed: int) -> int:
+        """Adds a fresh adapter to this session; returns its number of trainable numbers.
+
+        Raises:
+            AdapterError: If the name is taken or the adapter refused.
+        """
+        body = pb.AddAdapter(adapter=name, peft_config_json=peft_config_json, seed=seed)
+        answer = self._connection.ask(pb.SessionRequest(add_adapter=body))
+        return answer.message.add_adapter.trainable_parameters
+
+    def remove_adapter(self, name: str) -> None:
+        """Frees an adapter of this session.
+
+        Raises:
+            AdapterError: If there is none of this name.
+        """
+        self._connection.ask(pb.SessionRequest(remove_adapter=pb.RemoveAdapter(adapter=name)))
+
+    def adapters(self) -> list[AdapterEntry]:
+        """The adapters that this session has on the trunk."""
+        answer = self._connection.ask(pb.SessionRequest(list_adapters=pb.ListAdapters()))
+        return [
+            AdapterEntry(a.adapter, a.peft_config_json, a.trainable_parameters, a.committed_step)
+            for a in answer.message.list_adapters.adapters
+        ]
+
+    def adapter_config_json(self, name: str = "") -> str:
+        """An adapter's configuration as PEFT resolved it; empty for a frozen trunk."""
+        message = pb.SessionRequest(snapshot=pb.Snapshot(adapter=name))
+        return self._connection.ask(message).message.snapshot.peft_config_json
+
+    def importance(self, name: str, update: bool, report: bool) -> Tensors:
+        """AdaLoRA: the scores [R, 3] of the trunk's singular values, by the name of ``lora_E``."""
+        body = pb.Importance(adapter=name, update=update, report=report)
+        answer = self._connection.ask(pb.SessionRequest(importance=body))
+        return _without("importance/", answer.tensors)
+
+    def allocate(self, name: str, kept: Tensors, last: bool) -> None:
+        """AdaLoRA: zeroes the trunk's singular values that are not kept, booleans [R] by name."""
+        tensors = {f"keep/{n}": mask for n, mask in kept.items()}
+        body = pb.Allocate(adapter=name, last=last)
+        self._connection.ask(pb.SessionRequest(allocate=body), tensors)
 
     def close(self) -> None:
         """Ends the session; the trunk frees what it held."""
         self._connection.close()
         self._channel.close()
 
-    def _snapshot(self, part: pb.SnapshotPart.ValueType, prefix: str) -> dict[str, torch.Tensor]:
-        answer = self._connection.ask(pb.SessionRequest(snapshot=pb.Snapshot(parts=[part])))
-        return {name.removeprefix(prefix): tensor for name, tensor in answer.tensors.items()}
+    def _snapshot(self, name: str, part: pb.SnapshotPart.ValueType, prefix: str) -> Tensors:
+        message = pb.SessionRequest(snapshot=pb.Snapshot(adapter=name, parts=[part]))
+        return _without(prefix, self._connection.ask(message).tensors)
 
     def _check(self, terms: SessionTerms) -> None:
         served = self.info.start_layer, self.info.end_layer
@@ -221,6 +319,18 @@ class TrunkSession:
             dropout=terms.dropout,
             wire_dtype=to_wire(terms.wire_dtype),
         )
+
+
+def _without(prefix: str, tensors: Tensors) -> Tensors:
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
+
+
+def _optimizer(settings: OptimizerSettings) -> pb.Optimizer:
+    return pb.Optimizer(
+        name=settings.name,
+        hyperparameters=settings.hyperparameters,
+        flags=settings.flags,
+    )
 
 
 def _compact(mask: torch.Tensor) -> torch.Tensor:

@@ -9,12 +9,12 @@ import uuid
 from types import TracebackType
 
 import torch
-from peft import PeftConfig
+from peft import PeftConfig, PeftType
 
 from client_service.optimizer_spec import OptimizerSettings
 from client_service.session import ForwardCall, SessionTerms, TrunkSession
 from shared.adapters.config import config_to_json
-from shared.errors import UnknownRequestError
+from shared.errors import AdapterError, UnknownRequestError
 
 
 class TrainingClient:
@@ -42,6 +42,11 @@ class TrainingClient:
         dropout: float | None = None,
         weight_digest: str | None = None,
     ) -> None:
+        if peft_config is not None and peft_config.peft_type == PeftType.ADALORA:
+            raise AdapterError(
+                "AdaLoRA divides one budget of ranks among all parts, which a trunk by itself "
+                "cannot: use SplitModelForCausalLM"
+            )
         terms = SessionTerms(
             weight_digest=weight_digest,
             peft_config_json="" if peft_config is None else config_to_json(peft_config),
@@ -58,7 +63,7 @@ class TrainingClient:
         self, hidden_BTD: torch.Tensor, attention_mask: torch.Tensor | None = None
     ) -> torch.Tensor:
         """Carries hidden states [B, T, D] through the trunk for inference; keeps nothing."""
-        return self.session.forward(hidden_BTD.detach(), ForwardCall(attention_mask))
+        return self.session.forward(hidden_BTD.detach(), ForwardCall(attention_mask)).hidden_BTD
 
     def forward(
         self,
@@ -89,7 +94,7 @@ class TrainingClient:
             step=self._step,
             micro=self._micro,
         )
-        output_BTD = self.session.forward(hidden_BTD.detach(), call)
+        output_BTD = self.session.forward(hidden_BTD.detach(), call).hidden_BTD
         self._micro += 1
         self._last_request = request_id
         return output_BTD.requires_grad_(True)

@@ -5,24 +5,30 @@ from __future__ import annotations
 import itertools
 import tempfile
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftConfig, PeftModelForCausalLM
-from transformers import AutoModelForCausalLM, get_scheduler
+from peft import PeftConfig, PeftModel, PeftType
+from transformers import get_scheduler
 
 from client_service.split_model import SplitModelForCausalLM
-from shared.adapters.weights import Weights, adapter_weights, read_adapter
-from shared.adapters.wrap import wrap
+from client_service.whole import (
+    gradients,
+    largest_difference,
+    load_whole,
+    trained_weights,
+    whole_twin,
+)
+from shared.adapters.weights import Weights
 from shared.errors import CheckpointError
 from shared.models import open_checkpoint
-from shared.models.dropout import set_dropout
 
 LOSS_TOLERANCE = 1e-5
 GRAD_TOLERANCE = 1e-5
 ADAPTER_TOLERANCE = 1e-4
+LOGIT_TOLERANCE = 1e-4
 
 
 @dataclass(frozen=True)
@@ -32,11 +38,18 @@ class Difference:
     steps: int
     max_abs_loss_diff: float
     max_abs_grad_diff: float
-    """Over every element of every adapter gradient, before clipping."""
+    """Over every element of every gradient, before clipping."""
     max_abs_adapter_diff: float
-    """Over every adapter weight after the last step."""
+    """Over every trained weight after the last step."""
     max_abs_grad_norm_diff: float
+    max_abs_reloaded_logit_diff: float
+    """Between the split model and plain PEFT with the saved adapter; 0 without an adapter."""
+    differing_ranks: int
+    """Matrices in which AdaLoRA keeps other singular values; 0 for another method."""
+    first_loss: float
+    """Mean over the first tenth of the batches."""
     final_loss: float
+    """Mean over the last tenth of the batches."""
 
     @property
     def within_tolerance(self) -> bool:
@@ -45,6 +58,8 @@ class Difference:
             self.max_abs_loss_diff <= LOSS_TOLERANCE
             and self.max_abs_grad_diff <= GRAD_TOLERANCE
             and self.max_abs_adapter_diff <= ADAPTER_TOLERANCE
+            and self.max_abs_reloaded_logit_diff <= LOGIT_TOLERANCE
+            and self.differing_ranks == 0
         )
 
     def as_dict(self) -> dict[str, float]:
@@ -64,22 +79,27 @@ class VerifyPlan:
     warmup_steps: int = 3
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Recorded:
     losses: list[float]
     norms: list[float]
     gradients: list[Weights]
-    adapter: Weights
+    trained: Weights
+    ranks: dict[str, list[bool]] = field(default_factory=dict)
+    reloaded: float = 0.0
 
 
 def verify(
     model: str | Path,
     trunk: str,
-    config: PeftConfig,
+    config: PeftConfig | None,
     batches: Iterator[dict[str, torch.Tensor]],
     plan: VerifyPlan,
     seed: int = 0,
     on_loss: Callable[[float], None] = lambda _: None,
+    *,
+    parts: str = "all",
+    quantize: str = "",
 ) -> Difference:
     """Trains a split and the whole model alike and compares them.
 
@@ -88,12 +108,14 @@ def verify(
     Args:
         model: Folder or hub id of the whole model.
         trunk: ``host:port``.
-        config: The adapter of all three parts.
+        config: The adapter; None trains the ends' own weights beside a frozen trunk.
         batches: Keyword arguments of a forward, labels included; ``plan.steps *
             plan.grad_accum`` are taken.
         plan: How to train.
         seed: Fixes the adapter both start from.
         on_loss: Told every loss of the split model.
+        parts: Where the adapter is.
+        quantize: How the base weights of both are held; the trunk must hold its own so.
 
     Raises:
         CheckpointError: If only the parts of the model are there.
@@ -103,31 +125,23 @@ def verify(
         raise CheckpointError(f"{model}: is split; verify needs the whole model beside it")
     data = list(itertools.islice(batches, plan.steps * plan.grad_accum))
     split = SplitModelForCausalLM.from_pretrained(
-        model, trunk, peft_config=config, seed=seed, dropout=0.0
+        model,
+        trunk,
+        peft_config=config,
+        peft_parts=parts,
+        seed=seed,
+        dropout=0.0,
+        quantize=quantize,
     )
     try:
-        whole = _whole_model(model, split)
+        whole = whole_twin(model, split, quantize)
         ours = _train(split, data, plan)
         for loss in ours.losses:
             on_loss(loss)
+        ours.reloaded = _reloaded_difference(split, model, data[0], quantize)
     finally:
         split.remote_trunk.close()
     return _compare(ours, _train(whole, data, plan))
-
-
-def _whole_model(model: str | Path, split: Any) -> Any:
-    """The unsplit PEFT model with the very adapter that the split one starts from."""
-    with tempfile.TemporaryDirectory() as folder:
-        split.save_pretrained(folder)
-        config, weights = read_adapter(folder)
-    base = AutoModelForCausalLM.from_pretrained(str(model), dtype=torch.float32)
-    base.loss_type = "ForCausalLM"
-    set_dropout(base, 0.0)
-    whole = wrap(base, config, 0, "whole", PeftModelForCausalLM)
-    for name, parameter in whole.named_parameters():
-        if parameter.requires_grad:
-            parameter.data.copy_(weights[_saved_name(name)])
-    return whole
 
 
 def _train(model: Any, data: list[dict[str, torch.Tensor]], plan: VerifyPlan) -> _Recorded:
@@ -136,59 +150,76 @@ def _train(model: Any, data: list[dict[str, torch.Tensor]], plan: VerifyPlan) ->
     optimizer = torch.optim.AdamW(parameters, lr=plan.lr, weight_decay=plan.weight_decay)
     schedule = get_scheduler("linear", optimizer, plan.warmup_steps, plan.steps)
     recorded = _Recorded([], [], [], {})
+    allocates = is_adalora(model)
     remaining = iter(data)
-    for _ in range(plan.steps):
+    for step in range(1, plan.steps + 1):
         for batch in itertools.islice(remaining, plan.grad_accum):
             loss = model(**batch, use_cache=False).loss
             (loss / plan.grad_accum).backward()
             recorded.losses.append(float(loss.detach()))
-        recorded.gradients.append(_gradients(model))
+        recorded.gradients.append(gradients(model))
         norm = torch.nn.utils.clip_grad_norm_(parameters, plan.grad_clip)
         recorded.norms.append(float(norm))
         optimizer.step()
+        if allocates:
+            model.update_and_allocate(step)
         schedule.step()
         optimizer.zero_grad()
-    recorded.adapter.update(_adapter(model))
+    recorded.trained.update(trained_weights(model))
+    if allocates:
+        recorded.ranks = ranks_of(model)
     return recorded
 
 
-def _gradients(model: Any) -> Weights:
-    remote = getattr(model, "remote_trunk", None)
-    found = {} if remote is None else remote.session.gradients()
-    for name, parameter in model.named_parameters():
-        if parameter.grad is not None and not name.endswith(".proxy"):
-            found[_saved_name(name)] = parameter.grad.clone()
-    return dict(found)
+def is_adalora(model: Any) -> bool:
+    """Tells whether a model's adapter is AdaLoRA, whose ranks the loop has to allocate."""
+    configs = getattr(model, "peft_config", {}).values()
+    return any(config.peft_type == PeftType.ADALORA for config in configs)
 
 
-def _adapter(model: Any) -> Weights:
-    remote = getattr(model, "remote_trunk", None)
-    return adapter_weights(model) | ({} if remote is None else remote.session.adapter())
+def ranks_of(model: Any) -> dict[str, list[bool]]:
+    """Which singular values AdaLoRA keeps, of a whole or split model, by matrix."""
+    joined = getattr(model, "joined_adapter", None)
+    config = model.peft_config["default"] if joined is None else joined().config
+    return {n.replace(".default", ""): kept for n, kept in (config.rank_pattern or {}).items()}
 
 
-def _saved_name(name: str) -> str:
-    return name.replace(".default.", ".")
+@torch.no_grad()
+def _reloaded_difference(
+    split: Any, model: str | Path, batch: dict[str, torch.Tensor], quantize: str
+) -> float:
+    """Largest difference of logits once plain PEFT has loaded the saved adapter on the whole."""
+    if not hasattr(split, "peft_config"):
+        return 0.0
+    inputs = {name: value for name, value in batch.items() if name != "labels"}
+    with tempfile.TemporaryDirectory() as folder:
+        split.save_pretrained(folder)
+        whole = PeftModel.from_pretrained(load_whole(model, quantize), folder).eval()
+    # A quantised layer's evaluation and training differ; both sides are asked alike.
+    was_training = split.training
+    ours, theirs = (m(**inputs, use_cache=False).logits for m in (split.eval(), whole))
+    split.train(was_training)
+    return float((ours - theirs).abs().max())
 
 
 def _compare(ours: _Recorded, theirs: _Recorded) -> Difference:
+    tenth = max(1, len(ours.losses) // 10)
     return Difference(
         steps=len(ours.norms),
         max_abs_loss_diff=_largest(ours.losses, theirs.losses),
         max_abs_grad_diff=max(
-            _largest_weight(mine, other)
+            largest_difference(mine, other)
             for mine, other in zip(ours.gradients, theirs.gradients, strict=True)
         ),
-        max_abs_adapter_diff=_largest_weight(ours.adapter, theirs.adapter),
+        max_abs_adapter_diff=largest_difference(ours.trained, theirs.trained),
         max_abs_grad_norm_diff=_largest(ours.norms, theirs.norms),
-        final_loss=ours.losses[-1],
+        max_abs_reloaded_logit_diff=ours.reloaded,
+        differing_ranks=sum(ours.ranks.get(n) != k for n, k in theirs.ranks.items())
+        + len(ours.ranks.keys() - theirs.ranks.keys()),
+        first_loss=sum(ours.losses[:tenth]) / tenth,
+        final_loss=sum(ours.losses[-tenth:]) / tenth,
     )
 
 
 def _largest(mine: list[float], other: list[float]) -> float:
     return max(abs(a - b) for a, b in zip(mine, other, strict=True))
-
-
-def _largest_weight(mine: Weights, other: Weights) -> float:
-    # A name on one side only would make the comparison say less than it claims.
-    assert mine.keys() == other.keys(), sorted(mine.keys() ^ other.keys())[:3]
-    return max(float((mine[n] - other[n]).abs().max()) for n in mine)

@@ -6,6 +6,7 @@
     ├── InvalidInputError (ValueError)      what was given cannot be used; nothing was changed
     │   ├── SplitError                      the split does not fit the model
     │   ├── CheckpointError                 a model folder or file is missing, damaged or foreign
+    │   ├── QuantizationError               a quantisation that is unknown or not installed
     │   ├── AdapterError                    a PEFT configuration, method or weight is unusable
     │   ├── DataError                       a training file is missing, empty or not text
     │   ├── TensorError                     shape, dtype, size or values of a tensor
@@ -38,6 +39,10 @@ class SplitError(InvalidInputError):
 
 class CheckpointError(InvalidInputError):
     """A model folder or file that is missing, damaged or of another family."""
+
+
+class QuantizationError(InvalidInputError):
+    """A quantisation that does not exist, is not installed, or was done before."""
 
 
 class AdapterError(InvalidInputError):

@@ -68,7 +68,7 @@ def _registry(settings: TrunkSettings) -> SessionRegistry:
     threads = settings.threads or max(1, cores // settings.workers)
     torch.set_num_threads(threads)
     dtype: torch.dtype = getattr(torch, settings.dtype)
-    trunk = Trunk.load(settings.model or model_dir(), split, device, dtype)
+    trunk = Trunk.load(settings.model or model_dir(), split, device, dtype, settings.quantize)
     return_freed_memory()
     workers = cores if settings.adaptive else settings.workers
     scheduler = Scheduler(workers, threads, adaptive=settings.adaptive)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -12,8 +13,20 @@ from trunk_service.budget import ByteBudget
 from trunk_service.requests import CacheEdit
 
 
+@dataclass(frozen=True)
+class _Shape:
+    """Rows and tokens of a cache, and of those tokens how many its windowed blocks still keep."""
+
+    rows: int = 0
+    tokens: int = 0
+    kept: int = 0
+
+
 class KeyValueCaches:
     """Caches of one session.
+
+    Blocks with a sliding window keep tokens that have left it until the next crop, as transformers
+    does for assisted generation, which crops. They are accounted like the others.
 
     Args:
         config: The trunk part's configuration.
@@ -31,6 +44,8 @@ class KeyValueCaches:
             config.hidden_size // config.num_attention_heads
         )
         self._token_bytes = 2 * config.num_hidden_layers * heads * head_dim * itemsize
+        layers: list[Any] = DynamicCache(config=config).layers
+        self._window = min((la.sliding_window for la in layers if la.is_sliding), default=None)
 
     def __len__(self) -> int:
         return len(self._caches)
@@ -41,8 +56,7 @@ class KeyValueCaches:
         Raises:
             ProtocolError: If an edit does not fit the cache.
         """
-        _, tokens = self._shape_after(cache_id, edits)
-        return tokens
+        return self._shape_after(cache_id, edits).tokens
 
     def open(self, cache_id: str, edits: list[CacheEdit], batch: int, tokens: int) -> DynamicCache:
         """Reserves room for ``tokens`` more, applies the edits and returns the cache.
@@ -51,15 +65,20 @@ class KeyValueCaches:
             ProtocolError: If an edit or the batch size does not fit the cache.
             ResourceExhaustedError: If the budget is spent; nothing was changed.
         """
-        rows, kept = self._shape_after(cache_id, edits)
-        if rows not in (0, batch):
-            raise ProtocolError(f"cache {cache_id} has {rows} rows, hidden_states have {batch}")
-        needed = batch * (kept + tokens) * self._token_bytes
+        shape = self._shape_after(cache_id, edits)
+        if shape.rows not in (0, batch):
+            raise ProtocolError(
+                f"cache {cache_id} has {shape.rows} rows, hidden_states have {batch}"
+            )
+        needed = batch * (shape.tokens + tokens) * self._token_bytes
         extra = needed - self._reserved.get(cache_id, 0)
         if extra > 0:
             self._budget.reserve(extra)
             self._reserved[cache_id] = needed
-        cache = self._caches.setdefault(cache_id, DynamicCache(config=self._config))
+        if cache_id not in self._caches:
+            self._caches[cache_id] = DynamicCache(config=self._config)
+            self._caches[cache_id].activate_past_recording()
+        cache = self._caches[cache_id]
         for edit in edits:
             _apply(cache, edit)
         if extra < 0:
@@ -77,41 +96,58 @@ class KeyValueCaches:
         for cache_id in list(self._reserved):
             self.drop(cache_id)
 
-    def _shape_after(self, cache_id: str, edits: list[CacheEdit]) -> tuple[int, int]:
-        rows, tokens = _shape(self._caches.get(cache_id))
+    def _shape_after(self, cache_id: str, edits: list[CacheEdit]) -> _Shape:
+        shape = _shape(self._caches.get(cache_id))
         for edit in edits:
-            rows, tokens = _edited_shape(cache_id, edit, rows, tokens)
-            grown = rows * tokens * self._token_bytes - self._reserved.get(cache_id, 0)
+            shape = _edited_shape(cache_id, edit, shape, self._window)
+            needed = shape.rows * shape.tokens * self._token_bytes
+            grown = needed - self._reserved.get(cache_id, 0)
             if grown > 0 and not self._budget.fits(grown):
                 raise ResourceExhaustedError(
-                    f"cache {cache_id}: an edit to {rows} rows of {tokens} tokens does not fit"
+                    f"cache {cache_id}: an edit to {shape.rows} rows of {shape.tokens} tokens "
+                    f"does not fit"
                 )
-        return rows, tokens
+        return shape
 
 
-def _shape(cache: DynamicCache | None) -> tuple[int, int]:
+def _shape(cache: DynamicCache | None) -> _Shape:
     if cache is None or not cache.get_seq_length():
-        return 0, 0
-    keys: Any = cache.layers[0].keys
-    return int(keys.shape[0]), int(keys.shape[-2])
+        return _Shape()
+    keys: list[Any] = [layer.keys for layer in cache.layers]
+    kept = min(int(k.shape[-2]) for k in keys)
+    return _Shape(int(keys[0].shape[0]), cache.get_seq_length(), kept)
 
 
-def _edited_shape(cache_id: str, edit: CacheEdit, rows: int, tokens: int) -> tuple[int, int]:
+def _edited_shape(cache_id: str, edit: CacheEdit, shape: _Shape, window: int | None) -> _Shape:
+    rows, tokens = shape.rows, shape.tokens
     if edit.reset:
-        return 0, 0
+        return _Shape()
     if edit.reorder is not None:
         if not edit.reorder:
             raise ProtocolError(f"cache {cache_id}: a reorder to no rows")
         if tokens and any(index >= rows for index in edit.reorder):
             raise ProtocolError(f"cache {cache_id} has {rows} rows; {edit.reorder} names others")
-        return (len(edit.reorder), tokens) if tokens else (rows, tokens)
+        return replace(shape, rows=len(edit.reorder)) if tokens else shape
     if edit.remove_tokens is not None:
-        if edit.remove_tokens > tokens:
-            raise ProtocolError(f"cache {cache_id} has {tokens} tokens, not {edit.remove_tokens}")
-        return rows, tokens - edit.remove_tokens
+        return _cropped_shape(cache_id, edit.remove_tokens, shape, window)
     if edit.repeats:
-        return rows * edit.repeats, tokens
+        return replace(shape, rows=rows * edit.repeats)
     raise ProtocolError(f"cache {cache_id}: an edit that says nothing")
+
+
+def _cropped_shape(cache_id: str, count: int, shape: _Shape, window: int | None) -> _Shape:
+    tokens, kept = shape.tokens - count, shape.kept - count
+    if tokens < 0:
+        raise ProtocolError(f"cache {cache_id} has {shape.tokens} tokens, not {count}")
+    if window is not None and kept < min(tokens, window - 1):
+        # A crop forgets what has left the window, so that a second one may not reach behind it.
+        raise ProtocolError(
+            f"cache {cache_id}: {count} tokens cannot be removed, blocks with a sliding window of "
+            f"{window} keep only the last {shape.kept} of {shape.tokens}"
+        )
+    if window is not None and count and shape.tokens >= window:
+        kept = min(kept, window - 1)
+    return _Shape(shape.rows, tokens, kept)
 
 
 def _apply(cache: DynamicCache, edit: CacheEdit) -> None:

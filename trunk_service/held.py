@@ -106,6 +106,12 @@ class HeldRequests:
         for request_id in list(self._held):
             self.drop(request_id)
 
+    def drop_of(self, adapter: str) -> None:
+        """Frees everything that was computed with one adapter."""
+        for request_id, held in list(self._held.items()):
+            if held.request.adapter == adapter:
+                self.drop(request_id)
+
     @property
     def any_expired(self) -> bool:
         """Whether a lease is over; may be asked from any thread."""

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from shared.adapters.methods import accepted_methods
+
 GIB = 1024**3
 
 
@@ -15,6 +17,9 @@ class Limits:
     """Batch rows times tokens of one forward."""
     max_adapter_rank: int = 256
     max_adapter_parameters: int = 100_000_000
+    max_adapters_per_session: int = 8
+    peft_methods: tuple[str, ...] = tuple(accepted_methods())
+    """PEFT methods that tenants may use."""
     held_bytes: int = 4 * GIB
     """Autograd state and caches of all sessions."""
     session_held_bytes: int = 2 * GIB

@@ -121,7 +121,7 @@ class SessionRegistry:
     def holds_state(self) -> bool:
         """True while a forward waits for its backward, or gradients for their step."""
         tenants = [s.tenant for s in list(self._sessions.values())]
-        return any(len(t.held) or len(t.gradients) for t in tenants)
+        return any(len(t.held) or t.holds_gradients for t in tenants)
 
 
 def _free_expired(session: OpenSession) -> None:

@@ -27,6 +27,17 @@ class OpenRequest:
 
 
 @dataclass(frozen=True)
+class AdapterRequest:
+    """An adapter to put around the trunk's blocks."""
+
+    name: str = ""
+    """Empty is the one of ``Open``."""
+    peft_config_json: str = ""
+    """Empty for the blocks as they are."""
+    seed: int = 0
+
+
+@dataclass(frozen=True)
 class CacheEdit:
     """A change of a key/value cache before a forward; exactly one field is set."""
 
@@ -54,6 +65,8 @@ class ForwardRequest:
     micro: int = 0
     cache_id: str = ""
     cache_edits: list[CacheEdit] = field(default_factory=list)
+    adapter: str = ""
+    without_adapter: bool = False
 
 
 class HeldMode(Enum):
@@ -72,6 +85,9 @@ class ForwardAnswer:
     hidden_BTD: torch.Tensor
     held_mode: HeldMode | None = None
     held_bytes: int = 0
+    penalty: float = 0.0
+    """AdaLoRA's orthogonality term, summed over ``penalty_terms`` matrices."""
+    penalty_terms: int = 0
 
 
 @dataclass(frozen=True)
@@ -82,6 +98,7 @@ class BackwardRequest:
     request_id: str
     need_input_gradient: bool = True
     reset_gradients: bool = False
+    penalty_gradient: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -100,6 +117,20 @@ class StepRequest:
     step: int
     gradient_scale: float
     optimizer: OptimizerSpec
+    adapter: str = ""
+
+
+@dataclass(frozen=True)
+class RestoreRequest:
+    """What to replace; what is empty stays."""
+
+    adapter: str = ""
+    weights: dict[str, torch.Tensor] = field(default_factory=dict)
+    optimizer_state: dict[str, torch.Tensor] = field(default_factory=dict)
+    optimizer: OptimizerSpec | None = None
+    weight_digest: str = ""
+    """The trunk weights the adapter was trained on; empty is not checked."""
+    committed_step: int | None = None
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""One tenant's session: its adapter, its optimizer and the state of its open requests.
+"""One tenant's session: its adapters and the state of its open requests.
 
 Nothing here is thread-safe: the scheduler runs the calls of one session one after another.
 
@@ -8,47 +8,30 @@ Dimension letters: B batch, T tokens, D model dimension.
 from __future__ import annotations
 
 import contextlib
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import replace
 
 import torch
-from peft import PeftModel
 
-from shared.adapters.config import config_to_json
-from shared.adapters.weights import Weights, adapter_weights, load_adapter_weights
-from shared.errors import (
-    AdapterError,
-    ProtocolError,
-    ResourceExhaustedError,
-    StepConflictError,
-    TensorError,
-)
-from shared.models.dropout import draws_dropout
-from shared.seeding import keyed_generator
+from shared.errors import AdapterError, ProtocolError, ResourceExhaustedError, TensorError
+from trunk_service.adapter import TenantAdapter
+from trunk_service.adapters import SessionAdapters
 from trunk_service.budget import ByteBudget
 from trunk_service.caches import KeyValueCaches
-from trunk_service.footprint import measure_footprint
-from trunk_service.gradients import GradientSlots
 from trunk_service.held import HeldRequest, HeldRequests
 from trunk_service.limits import Limits
-from trunk_service.optimizers import build_optimizer, update_settings
 from trunk_service.requests import (
+    AdapterRequest,
     BackwardAnswer,
     BackwardRequest,
     ForwardAnswer,
     ForwardRequest,
     OpenRequest,
+    RestoreRequest,
     StepAnswer,
     StepRequest,
 )
 from trunk_service.trunk import Trunk
 from trunk_service.validation import check_forward, check_values
-
-
-@dataclass
-class _Trainable:
-    names: list[str]
-    parameters: list[torch.nn.Parameter]
 
 
 class TenantSession:
@@ -70,31 +53,18 @@ class TenantSession:
     ) -> None:
         trunk.check(request)
         self._trunk, self._terms, self._limits = trunk, request, limits
-        self.model = trunk.new_model(request, limits)
-        named = [(n, p) for n, p in self.model.named_parameters() if p.requires_grad]
-        self._trainable = _Trainable([n for n, _ in named], [p for _, p in named])
-        self._draws = draws_dropout(self.model)
-        info = trunk.info
-        with keyed_generator("footprint", device=trunk.device):
-            self.model.train()
-            self.footprint = measure_footprint(self.model, info.hidden_size, info.dtype)
         self.budget = ByteBudget(limits.session_held_bytes, "session's held-state", total_budget)
+        self.adapters = SessionAdapters(trunk, limits, self.budget, request.dropout)
+        first = AdapterRequest("", request.peft_config_json, request.seed)
+        self.adapters.add(first)
+        config = self.adapters.get("").model.config
         self.held = HeldRequests(self.budget, limits.held_lease_s)
-        self.caches = KeyValueCaches(self.model.config, info.dtype.itemsize, self.budget)
-        self.gradients = GradientSlots()
-        self._gradient_bytes = 0
-        self._optimizer: torch.optim.Optimizer | None = None
-        self._committed = StepAnswer(0, 0.0)
+        self.caches = KeyValueCaches(config, trunk.info.dtype.itemsize, self.budget)
 
     @property
-    def trainable_parameters(self) -> int:
-        """Number of the adapter's trainable numbers."""
-        return sum(p.numel() for p in self._trainable.parameters)
-
-    @property
-    def committed_step(self) -> int:
-        """Number of the last optimizer step that was applied; 0 before the first."""
-        return self._committed.committed_step
+    def holds_gradients(self) -> bool:
+        """Whether gradients wait for their step."""
+        return any(len(adapter.gradients) for adapter in self.adapters)
 
     def forward(self, request: ForwardRequest) -> ForwardAnswer:
         """Carries hidden states through the trunk.
@@ -103,24 +73,34 @@ class TenantSession:
             TensorError: If a tensor is not acceptable.
             ReusedRequestError: If the request id was used since the last step.
             ProtocolError: If the request asks for a graph and a cache at once.
+            AdapterError: If the session has no such adapter.
             ResourceExhaustedError: If the byte budget is spent.
         """
         if request.keep_graph and request.cache_id:
             raise ProtocolError("a forward keeps a graph or uses a cache, not both")
         if request.keep_graph and not request.request_id:
             raise ProtocolError("a forward that keeps a graph needs a request id")
-        cached = self.caches.tokens(request.cache_id, request.cache_edits)
+        adapter = self._adapter_of(request)
+        cached = 0
+        if request.cache_id:
+            cached = self.caches.tokens(request.cache_id, request.cache_edits)
+            cached = max(0, cached - adapter.virtual_tokens)
         check_forward(
             request,
             self._trunk.info,
             self._terms.wire_dtype,
             self._limits.max_tokens_per_request,
-            cached if request.cache_id else 0,
+            cached,
+            adapter.virtual_tokens,
         )
         if request.keep_graph:
-            return self._forward_held(request)
-        with torch.no_grad():
-            return ForwardAnswer(self._to_wire(self._run(request, self._input(request))))
+            answer = self._forward_held(adapter, request)
+        else:
+            with torch.no_grad():
+                output_BTD = self._run(adapter, request, self._input(request))
+            answer = ForwardAnswer(self._to_wire(output_BTD))
+        penalty, terms = adapter.penalty()
+        return replace(answer, penalty=penalty, penalty_terms=terms)
 
     def backward(self, request: BackwardRequest) -> BackwardAnswer:
         """Carries a gradient back through a held forward and keeps the adapter's gradient.
@@ -142,19 +122,22 @@ class TenantSession:
                 f"gradient has shape {tuple(request.gradient_BTD.shape)}; the forward had "
                 f"{tuple(held.input_BTD.shape)}"
             )
+        if not abs(request.penalty_gradient) < float("inf"):
+            raise TensorError(f"penalty_gradient {request.penalty_gradient} is not finite")
+        adapter = self._adapter_of(held.request)
         if request.reset_gradients:
-            self._drop_gradients()
-        reserved = self._reserve_gradients(held.request.micro)
+            adapter.drop_gradients()
+        reserved = adapter.reserve_gradients(held.request.micro)
         try:
-            input_gradient = self._backward_held(held, request)
+            input_gradient = self._backward_held(adapter, held, request)
         except BaseException:
-            self._give_back_gradients(reserved)
+            adapter.give_back_gradients(reserved)
             raise
         finally:
             self.held.drop(request.request_id)
         wanted = request.need_input_gradient and input_gradient is not None
         answer = self._to_wire(input_gradient) if wanted and input_gradient is not None else None
-        return BackwardAnswer(answer, self.gradients.norm())
+        return BackwardAnswer(answer, adapter.gradients.norm())
 
     def step(self, request: StepRequest) -> StepAnswer:
         """Applies optimizer step ``committed + 1``, or answers ``committed`` again.
@@ -162,22 +145,14 @@ class TenantSession:
         Raises:
             StepConflictError: If the number is neither.
             OptimizerError: If the optimizer is not accepted; nothing was changed.
-            AdapterError: If the session has nothing to train.
+            AdapterError: If there is nothing to train.
         """
-        committed = self._committed.committed_step
-        if request.step == committed and committed > 0:
-            return self._committed
-        if request.step != committed + 1:
-            raise StepConflictError(
-                f"step {request.step} was asked for, {committed} is committed: "
-                f"accepted is {committed + 1}"
-            )
-        if not self._trainable.parameters:
-            raise AdapterError("the trunk is frozen in this session: there is nothing to step")
-        if not 0.0 <= request.gradient_scale < float("inf"):
-            raise ProtocolError(f"gradient_scale {request.gradient_scale} is not a finite number")
-        self._apply(request)
-        return self._committed
+        adapter = self.adapters.get(request.adapter)
+        if adapter.step(request):
+            # What was computed with the old weights has no gradient any more.
+            self.held.drop_of(request.adapter)
+            self.held.forget_used()
+        return adapter.committed
 
     def release(self, request_ids: list[str], cache_ids: list[str]) -> None:
         """Frees held forwards and caches; ids that hold nothing are ignored."""
@@ -186,60 +161,66 @@ class TenantSession:
         for cache_id in cache_ids:
             self.caches.drop(cache_id)
 
-    def adapter(self) -> Weights:
-        """Copies the adapter's weights, by PEFT's names; empty for a frozen trunk."""
-        return adapter_weights(self.model) if isinstance(self.model, PeftModel) else {}
-
-    def adapter_config_json(self) -> str:
-        """The adapter's configuration as PEFT resolved it; empty for a frozen trunk."""
-        if not isinstance(self.model, PeftModel):
-            return ""
-        return config_to_json(self.model.peft_config["default"])
-
-    def adapter_gradients(self) -> Weights:
-        """Copies the gradients accumulated since the last step, by the adapter's names."""
-        total = self.gradients.total() if len(self.gradients) else []
-        names = (name.replace(".default.", ".") for name in self._trainable.names)
-        return {n: g.cpu().clone() for n, g in zip(names, total, strict=False) if g is not None}
-
-    def restore(self, weights: Weights) -> None:
-        """Replaces the adapter's weights.
+    def restore(self, request: RestoreRequest) -> None:
+        """Replaces an adapter's weights, its optimizer's state and its step number.
 
         Raises:
-            AdapterError: If they do not fit; nothing was changed.
+            AdapterError: If they do not fit, or belong to other trunk weights; nothing was changed.
+            OptimizerError: If the optimizer's state does not fit; nothing was changed.
         """
-        if not isinstance(self.model, PeftModel):
-            raise AdapterError("the trunk is frozen in this session: it has no adapter")
-        load_adapter_weights(self.model, weights)
-        self.held.drop_all()  # what was computed with the old weights has no gradient any more
+        served = self._trunk.info.weight_digest
+        if request.weight_digest and request.weight_digest != served:
+            raise AdapterError(
+                f"the adapter was trained on trunk weights {request.weight_digest[:16]}…, this "
+                f"trunk serves {served[:16]}…"
+            )
+        adapter = self.adapters.get(request.adapter)
+        adapter.restore(request.weights, request.optimizer_state, request.optimizer)
+        if request.weights:
+            self.held.drop_of(request.adapter)
+        if request.committed_step is not None:
+            adapter.committed = StepAnswer(request.committed_step, 0.0)
+
+    def remove_adapter(self, name: str) -> None:
+        """Frees an adapter and what is held of it.
+
+        Raises:
+            AdapterError: If there is none of this name.
+        """
+        self.adapters.remove(name)
+        self.held.drop_of(name)
 
     def close(self) -> None:
         """Frees everything the session holds."""
         self.held.drop_all()
         self.caches.drop_all()
-        self._drop_gradients()
-        self._optimizer = None
+        self.adapters.close()
 
-    def _forward_held(self, request: ForwardRequest) -> ForwardAnswer:
+    def _adapter_of(self, request: ForwardRequest) -> TenantAdapter:
+        return (
+            self.adapters.bare() if request.without_adapter else self.adapters.get(request.adapter)
+        )
+
+    def _forward_held(self, adapter: TenantAdapter, request: ForwardRequest) -> ForwardAnswer:
         self.held.check_new(request.request_id)
-        retain, reserved = self._reserve(request)
+        retain, reserved = self._reserve(adapter, request)
         try:
             input_BTD = self._input(request)
             if retain:
                 input_BTD.requires_grad_(True)
             with torch.set_grad_enabled(retain):
-                output_BTD = self._run(request, input_BTD)
+                output_BTD = self._run(adapter, request, input_BTD)
         except BaseException:
             self.budget.release(reserved)
             raise
         held = self.held.add(request, input_BTD, output_BTD if retain else None, reserved)
         return ForwardAnswer(self._to_wire(output_BTD), held.mode, reserved)
 
-    def _reserve(self, request: ForwardRequest) -> tuple[bool, int]:
+    def _reserve(self, adapter: TenantAdapter, request: ForwardRequest) -> tuple[bool, int]:
         """Reserves the graph's bytes, or at least the boundary's; tells whether to retain."""
         batch, tokens, _ = request.hidden_BTD.shape
         boundary = request.hidden_BTD.nbytes
-        graph = boundary + self.footprint.graph_bytes(batch, tokens)
+        graph = boundary + adapter.footprint.graph_bytes(batch, tokens)
         if self.budget.fits(graph):
             with contextlib.suppress(ResourceExhaustedError):  # another tenant may be faster
                 self.budget.reserve(graph)
@@ -247,89 +228,35 @@ class TenantSession:
         self.budget.reserve(boundary)
         return False, boundary
 
-    def _backward_held(self, held: HeldRequest, request: BackwardRequest) -> torch.Tensor | None:
+    def _backward_held(
+        self, adapter: TenantAdapter, held: HeldRequest, request: BackwardRequest
+    ) -> torch.Tensor | None:
         output_BTD = held.output_BTD
         if output_BTD is None:
             held.input_BTD.requires_grad_(True)
             with torch.enable_grad():
-                output_BTD = self._run(held.request, held.input_BTD)
-        inputs = [held.input_BTD, *self._trainable.parameters]
+                output_BTD = self._run(adapter, held.request, held.input_BTD)
+        inputs = [held.input_BTD, *adapter.parameters]
         gradient_BTD = request.gradient_BTD.to(self._trunk.device, output_BTD.dtype)
         found = torch.autograd.grad(output_BTD, inputs, gradient_BTD, allow_unused=True)
-        if self._trainable.parameters:
-            self.gradients.assign(held.request.micro, list(found[1:]))
+        if adapter.parameters:
+            micro = held.request.micro
+            adapter.assign_gradients(micro, list(found[1:]), request.penalty_gradient)
         return found[0]
 
-    def _reserve_gradients(self, micro: int) -> int:
-        """Reserves a slot's bytes; none if the micro-batch has one, which is then replaced."""
-        if micro in self.gradients:
-            return 0
-        count = sum(p.nbytes for p in self._trainable.parameters)
-        self.budget.reserve(count)
-        self._gradient_bytes += count
-        return count
-
-    def _give_back_gradients(self, count: int) -> None:
-        self.budget.release(count)
-        self._gradient_bytes -= count
-
-    def _drop_gradients(self) -> None:
-        self.gradients.clear()
-        self.budget.release(self._gradient_bytes)
-        self._gradient_bytes = 0
-
-    def _run(self, request: ForwardRequest, input_BTD: torch.Tensor) -> torch.Tensor:
-        """Runs the blocks on hidden states; keyed by step and micro where dropout draws."""
-        self.model.train(request.training)
+    def _run(
+        self, adapter: TenantAdapter, request: ForwardRequest, input_BTD: torch.Tensor
+    ) -> torch.Tensor:
         past = None
         if request.cache_id:
             batch, tokens, _ = input_BTD.shape
+            if not self.caches.tokens(request.cache_id, request.cache_edits):
+                tokens += adapter.virtual_tokens  # the prefix is cached with the first tokens
             past = self.caches.open(request.cache_id, request.cache_edits, batch, tokens)
-        draws = request.training and self._draws
-        key = ("dropout", self._terms.seed, request.step, request.micro, "trunk")
-        device = self._trunk.device
-        with keyed_generator(*key, device=device) if draws else contextlib.nullcontext():
-            output: Any = self.model(
-                inputs_embeds=input_BTD,
-                attention_mask=self._mask(request),
-                position_ids=_to(request.position_ids, device),
-                past_key_values=past,
-                use_cache=past is not None,
-            )
-        hidden_BTD: torch.Tensor = output.last_hidden_state
-        return hidden_BTD
-
-    def _apply(self, request: StepRequest) -> None:
-        if self._optimizer is None:
-            self._optimizer = build_optimizer(request.optimizer, self._trainable.parameters)
-        else:
-            update_settings(self._optimizer, request.optimizer)
-        norm = self.gradients.norm()
-        total = self.gradients.total() or [None] * len(self._trainable.parameters)
-        for parameter, gradient in zip(self._trainable.parameters, total, strict=True):
-            if gradient is not None and request.gradient_scale != 1.0:
-                gradient = gradient * request.gradient_scale
-            parameter.grad = gradient
-        self._optimizer.step()
-        self._optimizer.zero_grad(set_to_none=True)
-        self._drop_gradients()
-        self.held.drop_all()  # what was computed with the old weights has no gradient any more
-        self.held.forget_used()
-        self._committed = StepAnswer(request.step, norm)
+        return adapter.run(request, input_BTD, past)
 
     def _input(self, request: ForwardRequest) -> torch.Tensor:
         return request.hidden_BTD.to(self._trunk.device, self._trunk.info.dtype)
 
-    def _mask(self, request: ForwardRequest) -> torch.Tensor | None:
-        mask, info = request.attention_mask, self._trunk.info
-        if mask is None:
-            return None
-        # An additive mask must have the dtype that attention is computed in.
-        return mask.to(self._trunk.device, info.dtype if mask.is_floating_point() else mask.dtype)
-
     def _to_wire(self, tensor: torch.Tensor) -> torch.Tensor:
         return tensor.detach().to("cpu", self._terms.wire_dtype)
-
-
-def _to(tensor: torch.Tensor | None, device: torch.device) -> torch.Tensor | None:
-    return None if tensor is None else tensor.to(device)

@@ -14,6 +14,7 @@ from pydantic_settings import (
     TomlConfigSettingsSource,
 )
 
+from shared.adapters.methods import accepted_methods
 from shared.errors import InvalidInputError
 from trunk_service.limits import Limits
 
@@ -44,6 +45,8 @@ class TrunkSettings(BaseSettings):
     """Torch device to compute on."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """What base weights are held and computed in."""
+    quantize: Literal["", "nf4", "int8"] = ""
+    """Hold base weights in NF4 or int8 (bitsandbytes, `pip install trunkline[quant]`)."""
     workers: int = Field(default=1, ge=1)
     """Compute threads; sessions beyond their number take turns."""
     threads: int = Field(default=0, ge=0)
@@ -64,6 +67,10 @@ class TrunkSettings(BaseSettings):
     """Largest adapter rank a tenant may ask for."""
     max_adapter_parameters: int = Field(default=_LIMITS.max_adapter_parameters, ge=1)
     """Most trainable numbers of one tenant."""
+    max_adapters_per_session: int = Field(default=_LIMITS.max_adapters_per_session, ge=1)
+    """Most adapters of one session."""
+    peft_methods: tuple[str, ...] = _LIMITS.peft_methods
+    """PEFT methods that tenants may use, as PEFT writes them."""
     held_bytes: int = Field(default=_LIMITS.held_bytes, ge=1)
     """Autograd state and caches of all sessions."""
     session_held_bytes: int = Field(default=_LIMITS.session_held_bytes, ge=1)
@@ -81,6 +88,13 @@ class TrunkSettings(BaseSettings):
         host, _, port = value.rpartition(":")
         if not host or not port.isdigit() or int(port) > 65535:
             raise ValueError(f"{value!r} is not HOST:PORT with a port from 0 to 65535")
+        return value
+
+    @field_validator("peft_methods")
+    @classmethod
+    def _known_methods(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        if unknown := sorted(set(value) - set(accepted_methods())):
+            raise ValueError(f"{unknown} are not among {accepted_methods()}")
         return value
 
     @classmethod

@@ -20,17 +20,16 @@ from shared.pb.trunkline.v1 import trunk_pb2 as pb
 from shared.wire.error_codes import to_message
 from shared.wire.messages import Inbox, Incoming, to_frames
 from trunk_service import translate
+from trunk_service.handlers import HANDLERS, Answer
 from trunk_service.registry import OpenSession, SessionRegistry
-from trunk_service.session import TenantSession
 
 logger = logging.getLogger(__name__)
 
 Send = Callable[[bytes], Awaitable[None]]
-Answer = tuple[pb.SessionResponse, Mapping[str, torch.Tensor]]
 
 _LAST_WRITE_S = 5.0
 
-_NEW_WORK = frozenset({"open", "forward", "restore"})
+_NEW_WORK = frozenset({"open", "forward", "restore", "add_adapter"})
 
 
 class SessionStream:
@@ -146,7 +145,7 @@ class SessionStream:
         if kind == "open":
             return await self._open(message.open)
         assert self._session is not None and kind is not None
-        work = _HANDLERS[kind]
+        work = HANDLERS[kind]
         tenant, body = self._session.tenant, getattr(message, kind)
         scheduler = self._registry.scheduler
         submitted = scheduler.submit(self._session.session_id, lambda: work(tenant, body, tensors))
@@ -159,18 +158,11 @@ class SessionStream:
         except asyncio.CancelledError:
             opened.add_done_callback(self._registry.close_late)
             raise
-        tenant = self._session.tenant
-        logger.info(
-            "session opened",
-            extra={
-                "session": self._session.session_id,
-                "trainable_parameters": tenant.trainable_parameters,
-            },
-        )
-        result = pb.OpenResult(
-            session_id=self._session.session_id,
-            trainable_parameters=tenant.trainable_parameters,
-        )
+        session_id = self._session.session_id
+        count = self._session.tenant.adapters.get("").trainable_parameters
+        extra = {"session": session_id, "trainable_parameters": count}
+        logger.info("session opened", extra=extra)
+        result = pb.OpenResult(session_id=session_id, trainable_parameters=count)
         return pb.SessionResponse(open=result), {}
 
     async def _close(self) -> None:
@@ -208,55 +200,3 @@ class SessionStream:
             "request": getattr(body, "request_id", None),
         }
         logger.log(level, text, extra=extra, **kwargs)
-
-
-def _forward(tenant: TenantSession, body: pb.Forward, tensors: translate.Tensors) -> Answer:
-    answer = tenant.forward(translate.forward_request(body, tensors))
-    response = pb.SessionResponse(forward=translate.forward_result(answer))
-    return response, {"hidden_states": answer.hidden_BTD}
-
-
-def _backward(tenant: TenantSession, body: pb.Backward, tensors: translate.Tensors) -> Answer:
-    answer = tenant.backward(translate.backward_request(body, tensors))
-    result = pb.BackwardResult(gradient_norm=answer.gradient_norm)
-    gradient = {} if answer.gradient_BTD is None else {"gradient": answer.gradient_BTD}
-    return pb.SessionResponse(backward=result), gradient
-
-
-def _step(tenant: TenantSession, body: pb.Step, tensors: translate.Tensors) -> Answer:
-    answer = tenant.step(translate.step_request(body))
-    result = pb.StepResult(committed_step=answer.committed_step, gradient_norm=answer.gradient_norm)
-    return pb.SessionResponse(step=result), {}
-
-
-def _release(tenant: TenantSession, body: pb.Release, tensors: translate.Tensors) -> Answer:
-    tenant.release(list(body.request_ids), list(body.cache_ids))
-    return pb.SessionResponse(release=pb.ReleaseResult()), {}
-
-
-def _snapshot(tenant: TenantSession, body: pb.Snapshot, tensors: translate.Tensors) -> Answer:
-    sent: dict[str, torch.Tensor] = {}
-    if pb.SNAPSHOT_PART_ADAPTER in body.parts:
-        sent.update({f"adapter/{n}": t for n, t in tenant.adapter().items()})
-    if pb.SNAPSHOT_PART_GRADIENTS in body.parts:
-        sent.update({f"gradient/{n}": t for n, t in tenant.adapter_gradients().items()})
-    result = pb.SnapshotResult(
-        peft_config_json=tenant.adapter_config_json(),
-        committed_step=tenant.committed_step,
-    )
-    return pb.SessionResponse(snapshot=result), sent
-
-
-def _restore(tenant: TenantSession, body: pb.Restore, tensors: translate.Tensors) -> Answer:
-    tenant.restore(translate.adapter_tensors(tensors))
-    return pb.SessionResponse(restore=pb.RestoreResult()), {}
-
-
-_HANDLERS: dict[str, Callable[[TenantSession, Any, translate.Tensors], Answer]] = {
-    "forward": _forward,
-    "backward": _backward,
-    "step": _step,
-    "release": _release,
-    "snapshot": _snapshot,
-    "restore": _restore,
-}

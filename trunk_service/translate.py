@@ -7,24 +7,28 @@ from collections.abc import Mapping
 import torch
 
 from shared import __version__
-from shared.adapters.config import accepted_methods
-from shared.errors import ProtocolError
+from shared.errors import AdapterError, ProtocolError
 from shared.pb.trunkline.v1 import trunk_pb2 as pb
 from shared.wire.dtypes import to_torch, to_wire
 from trunk_service.limits import Limits
 from trunk_service.optimizers import KINDS, OptimizerSpec
 from trunk_service.requests import (
+    AdapterRequest,
     BackwardRequest,
     CacheEdit,
     ForwardAnswer,
     ForwardRequest,
     HeldMode,
     OpenRequest,
+    RestoreRequest,
     StepRequest,
 )
 from trunk_service.trunk import TrunkInfo
 
 Tensors = Mapping[str, torch.Tensor]
+
+# Numbers that an optimizer keeps for each parameter, at most (AdamW with amsgrad).
+_MOMENTS = 3
 
 _HELD_MODES = {
     None: pb.HELD_MODE_UNSPECIFIED,
@@ -74,6 +78,8 @@ def forward_request(body: pb.Forward, tensors: Tensors) -> ForwardRequest:
         micro=body.micro,
         cache_id=body.cache_id,
         cache_edits=[_cache_edit(op) for op in body.cache_ops],
+        adapter=body.adapter,
+        without_adapter=body.without_adapter,
     )
 
 
@@ -89,33 +95,61 @@ def backward_request(body: pb.Backward, tensors: Tensors) -> BackwardRequest:
         request_id=body.request_id,
         need_input_gradient=body.need_input_gradient,
         reset_gradients=body.reset_gradients,
+        penalty_gradient=body.penalty_gradient,
     )
 
 
 def step_request(body: pb.Step) -> StepRequest:
     """Reads an optimizer step."""
-    spec = OptimizerSpec(
-        name=body.optimizer.name,
-        hyperparameters=dict(body.optimizer.hyperparameters),
-        flags=dict(body.optimizer.flags),
-    )
-    return StepRequest(body.step, body.gradient_scale, spec)
+    return StepRequest(body.step, body.gradient_scale, _optimizer(body.optimizer), body.adapter)
 
 
-def adapter_tensors(tensors: Tensors) -> dict[str, torch.Tensor]:
-    """Reads the weights of a restore.
+def adapter_request(body: pb.AddAdapter) -> AdapterRequest:
+    """Reads an adapter to add.
 
     Raises:
-        ProtocolError: If a name does not begin with ``adapter/``.
+        AdapterError: If it has no name or no configuration.
     """
-    if foreign := [name for name in tensors if not name.startswith("adapter/")]:
-        raise ProtocolError(f"tensors {foreign[:3]} are not adapter weights (adapter/NAME)")
-    return {name.removeprefix("adapter/"): tensor for name, tensor in tensors.items()}
+    if not body.adapter or not body.peft_config_json:
+        raise AdapterError("an adapter to add needs a name and a PEFT configuration")
+    return AdapterRequest(body.adapter, body.peft_config_json, body.seed)
+
+
+def restore_request(body: pb.Restore, tensors: Tensors) -> RestoreRequest:
+    """Reads what to replace.
+
+    Raises:
+        ProtocolError: If a name begins neither with ``adapter/`` nor with ``optimizer/``.
+    """
+    weights, state = named(tensors, "adapter/"), named(tensors, "optimizer/")
+    if len(weights) + len(state) != len(tensors):
+        foreign = [n for n in tensors if not n.startswith(("adapter/", "optimizer/"))]
+        raise ProtocolError(
+            f"tensors {foreign[:3]} are neither adapter/NAME nor optimizer/NAME/KEY"
+        )
+    return RestoreRequest(
+        adapter=body.adapter,
+        weights=weights,
+        optimizer_state=state,
+        optimizer=_optimizer(body.optimizer) if body.HasField("optimizer") else None,
+        weight_digest=body.weight_digest,
+        committed_step=body.committed_step if body.HasField("committed_step") else None,
+    )
+
+
+def named(tensors: Tensors, prefix: str) -> dict[str, torch.Tensor]:
+    """Those of some tensors whose names begin with a prefix, without it."""
+    return {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
 
 
 def forward_result(answer: ForwardAnswer) -> pb.ForwardResult:
     """Writes what is held of a forward."""
-    return pb.ForwardResult(held_mode=_HELD_MODES[answer.held_mode], held_bytes=answer.held_bytes)
+    return pb.ForwardResult(
+        held_mode=_HELD_MODES[answer.held_mode],
+        held_bytes=answer.held_bytes,
+        penalty=answer.penalty,
+        penalty_terms=answer.penalty_terms,
+    )
 
 
 def info_response(info: TrunkInfo, limits: Limits) -> pb.GetInfoResponse:
@@ -129,12 +163,13 @@ def info_response(info: TrunkInfo, limits: Limits) -> pb.GetInfoResponse:
         max_positions=info.max_positions,
         compute_dtype=to_wire(info.dtype),
         weight_digest=info.weight_digest,
-        peft_methods=accepted_methods(),
+        peft_methods=limits.peft_methods,
         optimizers=list(KINDS),
         max_tokens_per_request=limits.max_tokens_per_request,
         max_adapter_rank=limits.max_adapter_rank,
         max_adapter_parameters=limits.max_adapter_parameters,
         version=__version__,
+        quantization=info.quantization,
     )
 
 
@@ -145,7 +180,14 @@ def max_tensor_bytes(request: pb.SessionRequest, info: TrunkInfo, limits: Limits
         # Hidden states or a gradient in the widest wire dtype, and a full mask with positions.
         tokens = limits.max_tokens_per_request
         return tokens * (info.hidden_size * 8 + info.max_positions * 4 + 16)
-    return limits.max_adapter_parameters * 4 if kind == "restore" else 0
+    if kind == "restore":
+        return limits.max_adapter_parameters * 4 * (1 + _MOMENTS)
+    # One number a singular value; AdaLoRA has far fewer of them than parameters.
+    return limits.max_adapter_parameters if kind == "allocate" else 0
+
+
+def _optimizer(body: pb.Optimizer) -> OptimizerSpec:
+    return OptimizerSpec(body.name, dict(body.hyperparameters), dict(body.flags))
 
 
 def _check_names(tensors: Tensors, needed: set[str], optional: set[str]) -> None:

@@ -8,15 +8,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft import PeftConfig
 
-from shared.adapters.config import config_from_json, largest_rank
-from shared.adapters.wrap import wrap
+from shared.adapters import adalora
+from shared.adapters.config import config_from_json
+from shared.adapters.methods import method_of
+from shared.adapters.numbers import largest_rank
+from shared.adapters.wrap import check_modules_to_save, wrap
 from shared.errors import AdapterError, ModelMismatchError
 from shared.models import SplitRange, get_part_class, load_part, open_checkpoint
 from shared.models.digest import weight_digest
 from shared.models.dropout import set_dropout
+from shared.models.quantization import check_kind, quantize, shared_tensors
 from trunk_service.limits import Limits
-from trunk_service.requests import OpenRequest
+from trunk_service.requests import AdapterRequest, OpenRequest
 
 
 @dataclass(frozen=True)
@@ -30,6 +35,7 @@ class TrunkInfo:
     max_positions: int
     dtype: torch.dtype
     weight_digest: str
+    quantization: str = ""
 
 
 class Trunk:
@@ -51,13 +57,24 @@ class Trunk:
         split: SplitRange,
         device: torch.device,
         dtype: torch.dtype,
+        quantization: str = "",
     ) -> Trunk:
         """Loads the trunk's blocks of a whole or split checkpoint; nothing of the ends.
+
+        Args:
+            model: Folder or hub id.
+            split: Blocks held.
+            device: Where to compute.
+            dtype: What to compute in, and what weights are held in unless quantised.
+            quantization: ``"nf4"`` or ``"int8"`` by bitsandbytes; empty for none.
 
         Raises:
             CheckpointError: If the model cannot be read.
             SplitError: If the split does not fit it.
+            QuantizationError: If the quantisation is unknown or not installed.
         """
+        if quantization:
+            check_kind(quantization)
         checkpoint = open_checkpoint(model)
         config = checkpoint.config
         split.check(config.num_hidden_layers)
@@ -73,8 +90,10 @@ class Trunk:
             max_positions=config.max_position_embeddings,
             dtype=dtype,
             weight_digest=weight_digest(checkpoint, split),
+            quantization=quantization,
         )
-        return cls(part.to(device), info)
+        part = part.to(device)
+        return cls(quantize(part, quantization) if quantization else part, info)
 
     @property
     def device(self) -> torch.device:
@@ -100,7 +119,7 @@ class Trunk:
                 f"serves {self.info.weight_digest[:16]}…: another checkpoint"
             )
 
-    def new_model(self, request: OpenRequest, limits: Limits) -> Any:
+    def new_model(self, request: AdapterRequest, limits: Limits, dropout: float | None) -> Any:
         """Makes a tenant's own model around the shared weights.
 
         The module tree is the tenant's (its adapter, its training mode, its dropout), the base
@@ -109,25 +128,50 @@ class Trunk:
         Raises:
             AdapterError: If the adapter is refused, or larger than the limits allow.
         """
-        shared: tuple[torch.Tensor, ...] = (*self._part.parameters(), *self._part.buffers())
-        model = copy.deepcopy(self._part, {id(tensor): tensor for tensor in shared})
-        if request.dropout is not None:
-            set_dropout(model, request.dropout)
+        config = None
         if request.peft_config_json:
-            model = self._with_adapter(model, request, limits)
-        return model
+            config = config_from_json(request.peft_config_json)
+            self._check_adapter(config, limits)
+        shared = shared_tensors(self._part)
+        model = copy.deepcopy(self._part, {id(tensor): tensor for tensor in shared})
+        if dropout is not None:
+            set_dropout(model, dropout)
+        if config is None:
+            return model
+        wrapped = wrap(model, config, request.seed, "trunk")
+        if (tuner := adalora.tuner_of(wrapped)) is not None:
+            adalora.check_rank_pattern(tuner, config.rank_pattern or {})
+        self._check_size(sum(p.numel() for p in wrapped.parameters() if p.requires_grad), limits)
+        return wrapped
 
-    def _with_adapter(self, model: Any, request: OpenRequest, limits: Limits) -> Any:
-        config = config_from_json(request.peft_config_json)
+    def _check_adapter(self, config: PeftConfig, limits: Limits) -> None:
+        """Refuses an adapter before PEFT allocates it."""
+        method = method_of(config.peft_type)
+        if not method.on_trunk:
+            raise AdapterError(f"{method.name} on a trunk: {method.why_not}")
+        if method.name not in limits.peft_methods:
+            raise AdapterError(
+                f"this trunk does not accept {method.name}; accepted: "
+                f"{', '.join(limits.peft_methods)}"
+            )
         if (rank := largest_rank(config)) > limits.max_adapter_rank:
             raise AdapterError(
                 f"adapter rank {rank}; this trunk accepts up to {limits.max_adapter_rank}"
             )
-        wrapped = wrap(model, config, request.seed, "trunk")
-        count = sum(p.numel() for p in wrapped.parameters() if p.requires_grad)
+        check_modules_to_save(config, self._part)
+        virtual = int(getattr(config, "num_virtual_tokens", None) or 0)
+        if virtual >= self.info.max_positions:
+            raise AdapterError(
+                f"{virtual} virtual tokens; the model has {self.info.max_positions} positions"
+            )
+        layers = self.info.split.end - self.info.split.start
+        width = 2 * layers * self.info.hidden_size
+        inner = int(getattr(config, "encoder_hidden_size", None) or 0)
+        self._check_size(virtual * width // 8 + inner * (self.info.hidden_size + width), limits)
+
+    def _check_size(self, count: int, limits: Limits) -> None:
         if count > limits.max_adapter_parameters:
             raise AdapterError(
                 f"adapter of {count} parameters; this trunk accepts up to "
                 f"{limits.max_adapter_parameters}"
             )
-        return wrapped

@@ -15,6 +15,7 @@ def check_forward(
     wire_dtype: torch.dtype,
     max_tokens: int,
     cached_tokens: int,
+    virtual_tokens: int = 0,
 ) -> None:
     """Refuses hidden states, masks and positions that the trunk cannot compute on.
 
@@ -24,6 +25,7 @@ def check_forward(
         wire_dtype: The session's dtype.
         max_tokens: Most batch rows times tokens.
         cached_tokens: Tokens already in the cache that is extended.
+        virtual_tokens: Those of a prefix, which take positions too.
 
     Raises:
         TensorError: Names the tensor, what was given and what is accepted.
@@ -35,9 +37,10 @@ def check_forward(
         raise TensorError(
             f"hidden_states hold {batch} x {tokens} tokens; this trunk accepts {max_tokens}"
         )
-    if total > info.max_positions:
+    if total + virtual_tokens > info.max_positions:
         raise TensorError(
-            f"{total} tokens are too long: the model has {info.max_positions} positions"
+            f"{total + virtual_tokens} tokens are too long: the model has {info.max_positions} "
+            f"positions"
         )
     if request.attention_mask is not None:
         _check_mask(request.attention_mask, batch, tokens, total)

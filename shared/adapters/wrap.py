@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import re
+import warnings
+from collections.abc import Iterable
 from typing import Any
 
 from peft import PeftConfig, PeftModelForCausalLM
@@ -11,7 +13,7 @@ from torch import nn
 
 from shared.adapters.config import check_config
 from shared.errors import AdapterError
-from shared.models.families import family_of
+from shared.models.quantization import transposed
 from shared.seeding import keyed_generator
 
 
@@ -41,10 +43,36 @@ def wrap(
     config = copy.deepcopy(config)
     config.inference_mode = False
     if hasattr(config, "fan_in_fan_out"):
-        family = family_of(model.config.model_type)  # type: ignore[union-attr,arg-type]
-        config.fan_in_fan_out = family.transposed_linear
+        # Of what is there, not of the family: quantised layers are ordinary ones.
+        config.fan_in_fan_out = transposed(model)
+    if getattr(model, "is_loaded_in_8bit", False) and getattr(config, "use_dora", False):
+        raise AdapterError(
+            f"use_dora on the {place}, whose weights are int8: DoRA fails there on a CPU in PEFT "
+            f"itself; accepted are nf4 or unquantised weights"
+        )
     try:
-        with keyed_generator("adapter", seed, place):
+        with keyed_generator("adapter", seed, place), warnings.catch_warnings():
+            # A part has only some of the modules that the patterns of the whole model name.
+            warnings.filterwarnings("ignore", r"The following \w+_pattern keys", RuntimeWarning)
             return wrapper(model, config)
-    except (ValueError, TypeError, KeyError, AttributeError, re.error) as error:
+    except (ValueError, TypeError, KeyError, AttributeError, RuntimeError, re.error) as error:
         raise AdapterError(f"PEFT cannot put this adapter on the {place}: {error}") from error
+
+
+def check_modules_to_save(config: PeftConfig, model: nn.Module) -> None:
+    """Refuses names in ``modules_to_save`` that PEFT would silently find nowhere in a part.
+
+    Raises:
+        AdapterError: Names them.
+    """
+    absent = set(config.modules_to_save or ()) - present_modules(config.modules_to_save, model)
+    if absent:
+        raise AdapterError(
+            f"modules_to_save {sorted(absent)} are not in this part: nothing would be trained there"
+        )
+
+
+def present_modules(wanted: Iterable[str] | None, model: nn.Module) -> set[str]:
+    """Those of some ``modules_to_save`` that name a module with parameters of a model."""
+    names = [n for n, m in model.named_modules() if next(m.parameters(), None) is not None]
+    return {w for w in wanted or () if any(f".{n}".endswith(f".{w}") for n in names)}

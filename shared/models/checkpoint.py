@@ -19,7 +19,7 @@ from transformers import AutoConfig, PreTrainedConfig
 from transformers.utils import cached_file
 
 from shared.errors import CheckpointError
-from shared.models.families import Family, family_of
+from shared.models.families import HEAD, Family, family_of
 from shared.models.split_range import SplitRange
 from shared.models.tensor_files import TensorFile, first_line, open_tensor_file
 
@@ -29,6 +29,9 @@ WEIGHT_FILES = (
     "pytorch_model.bin",
     "pytorch_model.bin.index.json",
 )
+
+# Causal masks (GPT-2, GPT-NeoX) and rotary frequencies, which are computed today.
+_OLD_BUFFER = re.compile(r"\.(attn|attention)\.(masked_)?bias$|\.rotary_emb\.inv_freq$")
 
 Opener = Callable[[], TensorFile]
 
@@ -100,11 +103,11 @@ class Checkpoint:
 
 
 def canonical_name(stored: str, family: Family, shift: int = 0) -> str | None:
-    """Returns the whole model's name of a stored tensor; None for GPT-2's old mask buffers."""
-    if re.search(r"\.attn\.(masked_)?bias$", stored):
+    """Returns the whole model's name of a stored tensor; None for a buffer of older versions."""
+    if _OLD_BUFFER.search(stored):
         return None
-    name = stored
-    if not name.startswith((f"{family.base}.", "lm_head.")):
+    name = re.sub(rf"^{re.escape(family.stored_head)}\.", f"{HEAD}.", stored)
+    if not name.startswith((f"{family.base}.", f"{HEAD}.")):
         name = f"{family.base}.{name}"
     prefix = re.escape(family.layer_prefix)
     return re.sub(rf"^({prefix})(\d+)\.", lambda m: f"{m[1]}{int(m[2]) + shift}.", name)

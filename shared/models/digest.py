@@ -11,23 +11,34 @@ from shared.models.split_range import SplitRange
 from shared.tensor_bytes import as_bytes
 
 # What changes the blocks' function without changing their tensors. An explicit list, because the
-# set of all configuration fields differs between transformers versions.
+# set of all configuration fields differs between transformers versions. How much of a head is
+# rotated stands in rope_parameters, which blocks have a sliding window in layer_types.
 _CONFIG_FIELDS = (
     "model_type",
     "hidden_size",
     "num_hidden_layers",
     "num_attention_heads",
+    "n_head",
     "num_key_value_heads",
     "head_dim",
     "intermediate_size",
     "n_inner",
     "activation_function",
     "hidden_act",
+    "hidden_activation",
     "layer_norm_epsilon",
+    "layer_norm_eps",
     "rms_norm_eps",
     "scale_attn_weights",
     "scale_attn_by_inverse_layer_idx",
     "reorder_and_upcast_attn",
+    "attention_bias",
+    "mlp_bias",
+    "qk_layernorm",
+    "query_pre_attn_scalar",
+    "attn_logit_softcapping",
+    "use_bidirectional_attention",
+    "use_parallel_residual",
     "max_position_embeddings",
     "rope_parameters",
     "sliding_window",

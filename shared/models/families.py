@@ -7,19 +7,48 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
+from transformers.models.gemma.modeling_gemma import (
+    GemmaForCausalLM,
+    GemmaModel,
+    GemmaPreTrainedModel,
+)
+from transformers.models.gemma2.modeling_gemma2 import (
+    Gemma2ForCausalLM,
+    Gemma2Model,
+    Gemma2PreTrainedModel,
+)
 from transformers.models.gpt2.modeling_gpt2 import GPT2LMHeadModel, GPT2Model, GPT2PreTrainedModel
+from transformers.models.gpt_neox.modeling_gpt_neox import (
+    GPTNeoXForCausalLM,
+    GPTNeoXModel,
+    GPTNeoXPreTrainedModel,
+)
 from transformers.models.llama.modeling_llama import (
     LlamaForCausalLM,
     LlamaModel,
     LlamaPreTrainedModel,
 )
+from transformers.models.mistral.modeling_mistral import (
+    MistralForCausalLM,
+    MistralModel,
+    MistralPreTrainedModel,
+)
+from transformers.models.phi.modeling_phi import PhiForCausalLM, PhiModel, PhiPreTrainedModel
 from transformers.models.qwen2.modeling_qwen2 import (
     Qwen2ForCausalLM,
     Qwen2Model,
     Qwen2PreTrainedModel,
 )
+from transformers.models.qwen3.modeling_qwen3 import (
+    Qwen3ForCausalLM,
+    Qwen3Model,
+    Qwen3PreTrainedModel,
+)
 
 from shared.errors import CheckpointError
+
+HEAD = "lm_head"
+"""Attribute of every family's language-model head."""
 
 _LLAMA_LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
@@ -45,17 +74,18 @@ class Family:
 
     The attribute names are those of the family's classes in ``transformers``, so a key of a
     checkpoint is ``{base}.{layers}.{global index}. …`` in the whole model and in every part.
+    The defaults are Llama's, which most families share.
     """
 
     model_type: str
     full_class: Any
     base_class: Any
     pretrained_class: Any
-    base: str
-    layers: str
-    embedding: str
-    norm: str
-    linear_layers: tuple[str, ...]
+    base: str = "model"
+    layers: str = "layers"
+    embedding: str = "embed_tokens"
+    norm: str = "norm"
+    linear_layers: tuple[str, ...] = _LLAMA_LINEAR
     """Names of the blocks' linear layers: what LoRA targets unless told otherwise."""
     zeroed: tuple[str, ...] = ()
     """Modules whose output is added to the embeddings: nothing is added outside the bottom."""
@@ -64,6 +94,16 @@ class Family:
     fix_layer: LayerFix = _keep
     transposed_linear: bool = False
     """Linear layers are transformers' ``Conv1D``, which PEFT wants to know (``fan_in_fan_out``)."""
+
+    head_bias: bool = False
+    stored_head: str = HEAD
+    """What checkpoint files call the language-model head; ``lm_head`` is read as well."""
+
+    @property
+    def class_prefix(self) -> str:
+        """What the names of the family's classes begin with, as in ``GPT2``."""
+        name: str = self.pretrained_class.__name__
+        return name.removesuffix("PreTrainedModel")
 
     @property
     def embedding_key(self) -> str:
@@ -95,27 +135,34 @@ FAMILIES: dict[str, Family] = {
             transposed_linear=True,
         ),
         Family(
-            "llama",
-            LlamaForCausalLM,
-            LlamaModel,
-            LlamaPreTrainedModel,
-            base="model",
-            layers="layers",
-            embedding="embed_tokens",
-            norm="norm",
-            linear_layers=_LLAMA_LINEAR,
+            "gpt_neox",
+            GPTNeoXForCausalLM,
+            GPTNeoXModel,
+            GPTNeoXPreTrainedModel,
+            base="gpt_neox",
+            embedding="embed_in",
+            norm="final_layer_norm",
+            linear_layers=("query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"),
+            identity=("emb_dropout",),
+            stored_head="embed_out",
         ),
         Family(
-            "qwen2",
-            Qwen2ForCausalLM,
-            Qwen2Model,
-            Qwen2PreTrainedModel,
-            base="model",
-            layers="layers",
-            embedding="embed_tokens",
-            norm="norm",
-            linear_layers=_LLAMA_LINEAR,
+            "phi",
+            PhiForCausalLM,
+            PhiModel,
+            PhiPreTrainedModel,
+            norm="final_layernorm",
+            linear_layers=("q_proj", "k_proj", "v_proj", "dense", "fc1", "fc2"),
+            identity=("embed_dropout",),
+            head_bias=True,
         ),
+        Family("llama", LlamaForCausalLM, LlamaModel, LlamaPreTrainedModel),
+        Family("mistral", MistralForCausalLM, MistralModel, MistralPreTrainedModel),
+        Family("qwen2", Qwen2ForCausalLM, Qwen2Model, Qwen2PreTrainedModel),
+        Family("qwen3", Qwen3ForCausalLM, Qwen3Model, Qwen3PreTrainedModel),
+        # Gemma's embedding module scales its own output, so hidden states are never scaled again.
+        Family("gemma", GemmaForCausalLM, GemmaModel, GemmaPreTrainedModel),
+        Family("gemma2", Gemma2ForCausalLM, Gemma2Model, Gemma2PreTrainedModel),
     )
 }
 
@@ -127,6 +174,6 @@ def family_of(model_type: str) -> Family:
         CheckpointError: If the family cannot be split yet; names those that can.
     """
     if model_type not in FAMILIES:
-        accepted = ", ".join(sorted(FAMILIES))
+        accepted = ", ".join(FAMILIES)
         raise CheckpointError(f"model type {model_type!r} cannot be split; accepted: {accepted}")
     return FAMILIES[model_type]

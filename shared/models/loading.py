@@ -12,8 +12,9 @@ from transformers.initialization import no_init_weights
 
 from shared.errors import CheckpointError
 from shared.models.checkpoint import Checkpoint, open_checkpoint
+from shared.models.families import HEAD
 
-LM_HEAD = "lm_head.weight"
+LM_HEAD = f"{HEAD}.weight"
 
 
 def load_part(

@@ -19,7 +19,7 @@ from transformers.generation import GenerationMixin
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
 from shared.errors import SplitError
-from shared.models.families import FAMILIES, Family
+from shared.models.families import FAMILIES, HEAD, Family
 from shared.models.loading import load_part
 from shared.models.stand_ins import AbsentEmbedding, GlobalLayers, ZeroEmbedding
 
@@ -59,7 +59,8 @@ class ModelPart:
         _replace_absent_modules(base, self.family, self.role)
         setattr(self, self.family.base, base)
         if self.role == "top":
-            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+            bias = self.family.head_bias
+            setattr(self, HEAD, nn.Linear(config.hidden_size, config.vocab_size, bias=bias))
         self.post_init()  # type: ignore[attr-defined]
 
     @property
@@ -74,7 +75,7 @@ class ModelPart:
 
     def get_output_embeddings(self) -> nn.Module | None:
         """The head, which only the top has."""
-        return getattr(self, "lm_head", None)
+        return getattr(self, HEAD, None)
 
     @classmethod
     def from_pretrained(cls, model: Any, **kwargs: Any) -> Any:
@@ -151,7 +152,7 @@ class ModelPart:
         loss_kwargs: dict[str, Any],
     ) -> CausalLMOutputWithPast:
         hidden_BTD = output.last_hidden_state[:, -logits_to_keep:]  # -0 keeps all positions
-        logits_BTV = self.lm_head(hidden_BTD)
+        logits_BTV = _softcapped(getattr(self, HEAD)(hidden_BTD), self.config)  # type: ignore[attr-defined]
         loss = None
         if labels is not None:
             vocab_size = self.config.vocab_size  # type: ignore[attr-defined]
@@ -161,6 +162,12 @@ class ModelPart:
         return CausalLMOutputWithPast(
             loss=loss, logits=logits_BTV, past_key_values=output.past_key_values
         )
+
+
+def _softcapped(logits_BTV: torch.Tensor, config: PreTrainedConfig) -> torch.Tensor:
+    """What Gemma 2 does behind its head; other families' configurations have no such cap."""
+    cap = getattr(config, "final_logit_softcapping", None)
+    return logits_BTV if cap is None else torch.tanh(logits_BTV / cap) * cap
 
 
 def _check_range(role: str, start: int, end: int, num_layers: int) -> None:
@@ -196,7 +203,7 @@ def part_class(model_type: str, role: str) -> Any:
     ``prepare_inputs_for_generation``.
     """
     family = FAMILIES[model_type]
-    prefix = {"gpt2": "GPT2"}.get(model_type, model_type.title())
+    prefix = family.class_prefix
     return type(
         f"{prefix}{role.title()}Model",
         (ModelPart, family.pretrained_class, GenerationMixin),

@@ -11,7 +11,7 @@ from typing import Any
 import grpc
 import pytest
 import torch
-from peft import LoraConfig, PrefixTuningConfig
+from peft import LoraConfig, VeraConfig
 
 from client_service import SplitModelForCausalLM, TrainingClient
 from client_service.connection import SERVICE, open_channel
@@ -53,13 +53,13 @@ def daemon(trunkd: Callable[..., Daemon], tmp_path_factory: pytest.TempPathFacto
 def session(daemon: Daemon) -> Iterator[TrunkSession]:
     """A session to abuse; afterwards it, and one opened before, must still answer right."""
     bystander = TrunkSession(daemon.address, SessionTerms())
-    expected = bystander.forward(HIDDEN, ForwardCall())
+    expected = bystander.forward(HIDDEN, ForwardCall()).hidden_BTD
     abused = TrunkSession(
         daemon.address, SessionTerms(peft_config_json=config_to_json(LORA), seed=1)
     )
     yield abused
     for still_open in (bystander, abused):
-        assert torch.equal(still_open.forward(HIDDEN, ForwardCall()), expected)
+        assert torch.equal(still_open.forward(HIDDEN, ForwardCall()).hidden_BTD, expected)
         still_open.close()
     assert daemon.process.poll() is None
 
@@ -194,7 +194,15 @@ def test_a_bad_adapter_upload_changes_nothing(harm: str, session: TrunkSession) 
 
 
 REFUSED_ADAPTERS = [
-    {"peft_type": "PREFIX_TUNING", "num_virtual_tokens": 4},
+    {"peft_type": "PREFIX_TUNING", "num_virtual_tokens": 128},
+    {"peft_type": "PREFIX_TUNING", "num_virtual_tokens": 10**12},
+    {"peft_type": "PREFIX_TUNING", "num_virtual_tokens": 4, "encoder_hidden_size": 10**9},
+    {"peft_type": "PROMPT_TUNING", "num_virtual_tokens": 4},
+    {"peft_type": "P_TUNING", "num_virtual_tokens": 4},
+    {"peft_type": "ADALORA", "total_step": 9, "init_r": 10**6},
+    {"peft_type": "ADALORA", "total_step": 9, "rank_pattern": {"transformer.h.2.x.lora_E": []}},
+    {"peft_type": "LORA", "modules_to_save": ["wte"]},
+    {"peft_type": "IA3", "feedforward_modules": ["c_fc"], "target_modules": ["c_attn"]},
     {"peft_type": "NO_SUCH_METHOD"},
     {"peft_type": "LORA", "init_lora_weights": "pissa"},
     {"peft_type": "LORA", "megatron_core": "os"},
@@ -218,9 +226,8 @@ def test_a_refused_adapter_opens_no_session(
 
 
 def test_an_unknown_method_is_refused_before_anything_is_sent(daemon: Daemon) -> None:
-    config = PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)
-    with pytest.raises(AdapterError, match=r"PREFIX_TUNING is not accepted; accepted: LORA"):
-        TrainingClient(daemon.address, config)
+    with pytest.raises(AdapterError, match=r"VERA is not accepted; accepted: .*LORA"):
+        TrainingClient(daemon.address, VeraConfig(task_type="CAUSAL_LM"))
 
 
 def test_another_split_or_other_weights_are_refused(daemon: Daemon, tmp_path: Path) -> None:

@@ -30,13 +30,22 @@ CASES = [
     ("qwen2", "2:10", {"num_hidden_layers": 12}),
     ("qwen2", "1:2", {}),
     ("qwen2", "1:5", {}),
+    ("qwen3", "1:5", {}),
+    ("qwen3", "2:4", {"use_sliding_window": True, "sliding_window": 9, "max_window_layers": 3}),
+    ("mistral", "1:5", {}),
+    ("gemma", "1:5", {}),
+    ("gemma2", "1:5", {}),
+    ("phi", "1:5", {}),
+    ("phi", "2:4", {"qk_layernorm": True, "num_key_value_heads": 2}),
+    ("gpt_neox", "1:5", {}),
+    ("gpt_neox", "2:4", {"use_parallel_residual": False, "rotary_pct": 1.0}),
 ]
 
 
 def lora(family: str, **changes: Any) -> LoraConfig:
-    settings: dict[str, Any] = {"r": 8, "lora_alpha": 16}
     targets = list(family_of(family).linear_layers)
-    return LoraConfig(task_type="CAUSAL_LM", target_modules=targets, **settings | changes)
+    settings: dict[str, Any] = {"r": 8, "lora_alpha": 16, "target_modules": targets}
+    return LoraConfig(task_type="CAUSAL_LM", **settings | changes)
 
 
 def padded_batches(seed: int = 0) -> Iterator[dict[str, torch.Tensor]]:
@@ -203,8 +212,9 @@ def test_what_would_be_silently_wrong_is_refused(trunkd: Start, tmp_path: Path) 
     folder = save_tiny_model("gpt2", tmp_path / "model")
     address = trunkd("--model", str(folder)).address
     model = SplitModelForCausalLM.from_pretrained(folder, address, peft_config=lora("gpt2"))
-    with pytest.raises(AdapterError, match="switched off"), model.disable_adapter():
-        pass
+    for merge in (model.merge_and_unload, model.merge_adapter, model.unload):
+        with pytest.raises(AdapterError, match="trunkline export"):
+            merge()
     ids = next(padded_batches())["input_ids"]
     cache = model(ids, use_cache=True).past_key_values
     with pytest.raises(ProtocolError, match="no_grad"):

@@ -131,8 +131,8 @@ def test_a_mask_attention_cannot_use_is_refused(mask: torch.Tensor, daemon: Daem
 def test_an_additive_mask_may_have_another_dtype(dtype: torch.dtype, daemon: Daemon) -> None:
     session = open_session(daemon)
     causal = torch.full((2, 1, 6, 6), float("-inf")).triu(1)
-    expected = session.forward(HIDDEN, ForwardCall(attention_mask=causal))
-    found = session.forward(HIDDEN, ForwardCall(attention_mask=causal.to(dtype)))
+    expected = session.forward(HIDDEN, ForwardCall(attention_mask=causal)).hidden_BTD
+    found = session.forward(HIDDEN, ForwardCall(attention_mask=causal.to(dtype))).hidden_BTD
     assert torch.equal(found, expected)
     session.close()
 

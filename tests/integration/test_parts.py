@@ -16,6 +16,7 @@ from client_service import PEFTSplitLearningTrainer, TrainingClient
 from client_service.peft_trainer import default_lora_config
 from shared.errors import CheckpointError, TensorError
 from shared.models import (
+    FAMILIES,
     GPT2BottomModel,
     GPT2TopModel,
     GPT2TrunkModel,
@@ -24,9 +25,10 @@ from shared.models import (
     open_checkpoint,
 )
 from shared.models.digest import client_digest
+from shared.models.dropout import draws_dropout, set_dropout
 from shared.models.split_layout import write_split_layout
 from tests.conftest import Daemon
-from tests.models import VOCAB, save_tiny_model
+from tests.models import VOCAB, save_tiny_model, tiny_model
 
 IDS = torch.randint(3, VOCAB, (3, 17), generator=torch.Generator().manual_seed(0))
 MASK = torch.ones_like(IDS)
@@ -42,7 +44,18 @@ def chained(bottom: Any, trunk: Any, top: Any) -> torch.Tensor:
 
 
 @pytest.mark.parametrize(
-    ("family", "split"), [("gpt2", "2:10"), ("llama", "1:2"), ("qwen2", "1:5")]
+    ("family", "split"),
+    [
+        ("gpt2", "2:10"),
+        ("llama", "1:2"),
+        ("mistral", "1:5"),
+        ("qwen2", "1:5"),
+        ("qwen3", "2:4"),
+        ("gemma", "2:4"),
+        ("gemma2", "1:5"),
+        ("phi", "1:5"),
+        ("gpt_neox", "2:4"),
+    ],
 )
 @pytest.mark.parametrize("layout", ["whole", "safetensors", "pt", "pt counted from zero"])
 def test_three_parts_are_the_whole_model(
@@ -71,6 +84,27 @@ def test_three_parts_are_the_whole_model(
     assert client_digest(open_checkpoint(source), where) == client_digest(
         open_checkpoint(folder), where
     )
+
+
+DROPOUTS = ("resid_pdrop", "embd_pdrop", "attn_pdrop", "attention_dropout", "hidden_dropout")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_dropout_of_a_family_can_be_set(family: str) -> None:
+    known = tiny_model(family).config.to_dict()
+    model = tiny_model(family, **{name: 0.5 for name in DROPOUTS if name in known})
+
+    def logits() -> torch.Tensor:
+        found: torch.Tensor = model(IDS, attention_mask=MASK, use_cache=False).logits
+        return found.detach()
+
+    expected = logits()
+    model.train()
+    assert draws_dropout(model)
+    assert not torch.equal(logits(), expected)
+    set_dropout(model, 0.0)
+    assert not draws_dropout(model)
+    assert torch.equal(logits(), expected)
 
 
 def rewrite_as_pt(file: Path, family: str, from_zero: bool) -> None:

@@ -9,15 +9,21 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from peft import LoraConfig
-
-from shared.adapters.config import (
-    ACCEPTED_FIELDS,
-    check_config,
-    config_from_json,
-    config_to_json,
-    largest_rank,
+from peft import (
+    AdaLoraConfig,
+    IA3Config,
+    LoraConfig,
+    PeftConfig,
+    PeftType,
+    PrefixTuningConfig,
+    PromptEncoderConfig,
+    PromptTuningConfig,
 )
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+
+from shared.adapters.config import check_config, config_from_json, config_to_json
+from shared.adapters.methods import METHODS, check_parts, method_of
+from shared.adapters.numbers import largest_rank
 from shared.errors import AdapterError
 
 names = st.sampled_from(["c_attn", "c_proj", "c_fc", "q_proj", "gate_proj"])
@@ -80,12 +86,79 @@ def test_a_field_that_is_not_known_to_be_harmless_is_named(fields: dict[str, Any
         config_from_json(json.dumps({"peft_type": "LORA", **fields}))
 
 
-def test_every_accepted_field_is_one_of_peft() -> None:
-    assert set(LoraConfig.__dataclass_fields__) >= ACCEPTED_FIELDS["LORA"]
+@pytest.mark.parametrize("method", METHODS)
+def test_every_accepted_field_is_one_of_peft(method: str) -> None:
+    config_class = PEFT_TYPE_TO_CONFIG_MAPPING[PeftType(method)]
+    assert set(config_class.__dataclass_fields__) >= METHODS[method].fields - {"peft_type"}
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        AdaLoraConfig(
+            total_step=20, init_r=6, target_r=3, tinit=2, deltaT=5, target_modules=["c_attn"]
+        ),
+        IA3Config(target_modules=["c_attn", "c_fc"], feedforward_modules=["c_fc"]),
+        PrefixTuningConfig(num_virtual_tokens=4, prefix_projection=True, encoder_hidden_size=8),
+        PromptTuningConfig(num_virtual_tokens=4),
+        PromptEncoderConfig(num_virtual_tokens=4, encoder_hidden_size=8, encoder_num_layers=3),
+    ],
+    ids=lambda config: str(config.peft_type),
+)
+def test_other_methods_arrive_as_they_were_sent(config: PeftConfig) -> None:
+    text = config_to_json(config)
+    arrived = config_from_json(text)
+    assert config_to_json(arrived) == text
+    assert type(arrived) is type(config)
+
+
+ADALORA = {"peft_type": "ADALORA", "target_modules": ["c_attn"], "total_step": 20}
+PREFIX = {"peft_type": "PREFIX_TUNING", "num_virtual_tokens": 4}
+ODD_NUMBERS = [
+    {**ADALORA, "init_r": 0},
+    {**ADALORA, "deltaT": 0},
+    {**ADALORA, "beta1": 1.0},
+    {**ADALORA, "orth_reg_weight": "much"},
+    {**ADALORA, "total_step": 2.5},
+    {**ADALORA, "tinit": 30},
+    {**PREFIX, "num_virtual_tokens": 0},
+    {**PREFIX, "num_virtual_tokens": True},
+    {**PREFIX, "encoder_hidden_size": -8},
+    {"peft_type": "LORA", "r": 2, "lora_dropout": 1.0},
+    {"peft_type": "LORA", "r": 2, "lora_alpha": float("inf")},
+]
+
+
+@pytest.mark.parametrize("fields", ODD_NUMBERS, ids=str)
+def test_numbers_that_no_adapter_has_are_refused(fields: dict[str, Any]) -> None:
+    with pytest.raises(AdapterError):
+        config_from_json(json.dumps(fields))
+
+
+@pytest.mark.parametrize("pattern", [{"a.lora_E": [1, 0]}, {"a.lora_E": "x"}, ["a"]], ids=str)
+def test_a_rank_pattern_that_is_none_is_refused(pattern: Any) -> None:
+    with pytest.raises(AdapterError):
+        largest_rank(config_from_json(json.dumps({**ADALORA, "rank_pattern": pattern})))
+
+
+def test_a_prompt_tuning_file_names_no_code_to_load() -> None:
+    fields = {"peft_type": "PROMPT_TUNING", "num_virtual_tokens": 2}
+    fields |= {"tokenizer_kwargs": {"trust_remote_code": True}}
+    with pytest.raises(AdapterError):
+        config_from_json(json.dumps(fields))
+
+
+@pytest.mark.parametrize(
+    ("method", "parts"),
+    [("PREFIX_TUNING", "trunk"), ("PROMPT_TUNING", "trunk"), ("P_TUNING", "top"), ("LORA", "lid")],
+)
+def test_a_method_on_a_part_where_it_cannot_work_says_why(method: str, parts: str) -> None:
+    with pytest.raises(AdapterError, match=r"accepted|works on the bottom alone"):
+        check_parts(method_of(method), parts)
 
 
 def test_a_configuration_is_bounded_in_size() -> None:
-    fields = {"peft_type": "LORA", "target_modules": ["c_attn" * 20_000]}
+    fields = {"peft_type": "LORA", "target_modules": ["c_attn" * 60_000]}
     with pytest.raises(AdapterError, match="bytes; at most"):
         config_from_json(json.dumps(fields))
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
 from shared.errors import CheckpointError
-from shared.models import SplitRange, family_of, open_checkpoint
+from shared.models import FAMILIES, SplitRange, family_of, open_checkpoint
 from shared.models.checkpoint import canonical_name
 from shared.models.digest import weight_digest
 from shared.models.split_layout import write_split_layout
@@ -40,7 +41,51 @@ def test_qwen2_keeps_the_bias_of_its_attention() -> None:
     assert canonical_name(name, family_of("qwen2"), 0) == name
 
 
-@pytest.mark.parametrize("family", ["gpt2", "llama", "qwen2"])
+@pytest.mark.parametrize(
+    ("stored", "canonical"),
+    [
+        ("embed_out.weight", "lm_head.weight"),
+        ("lm_head.weight", "lm_head.weight"),
+        ("layers.3.attention.dense.bias", "gpt_neox.layers.3.attention.dense.bias"),
+        ("gpt_neox.layers.0.attention.bias", None),
+        ("gpt_neox.layers.0.attention.masked_bias", None),
+        ("gpt_neox.layers.0.attention.rotary_emb.inv_freq", None),
+    ],
+)
+def test_gpt_neox_names(stored: str, canonical: str | None) -> None:
+    assert canonical_name(stored, family_of("gpt_neox")) == canonical
+
+
+@pytest.mark.parametrize(
+    ("family", "changes"),
+    [
+        ("gpt2", {"n_head": 2}),
+        ("mistral", {"sliding_window": None}),
+        ("qwen3", {"rms_norm_eps": 1e-5}),
+        ("gemma", {"hidden_act": "relu"}),
+        ("gemma2", {"hidden_activation": "relu"}),
+        ("gemma2", {"attn_logit_softcapping": 40.0}),
+        ("gemma2", {"query_pre_attn_scalar": 16}),
+        ("gemma2", {"layer_types": ["full_attention"] * 6}),
+        ("phi", {"partial_rotary_factor": 1.0}),
+        ("phi", {"layer_norm_eps": 1e-3}),
+        ("gpt_neox", {"rotary_pct": 1.0}),
+        ("gpt_neox", {"use_parallel_residual": False}),
+    ],
+)
+def test_the_digest_tells_the_same_tensors_computed_otherwise_apart(
+    family: str, changes: dict[str, Any], tmp_path: Path
+) -> None:
+    split = SplitRange(2, 4)
+    one = open_checkpoint(save_tiny_model(family, tmp_path / "one"))
+    other = open_checkpoint(save_tiny_model(family, tmp_path / "other", **changes))
+    name = one.layer_names(split)[0]
+    assert one.layer_names(split) == other.layer_names(split)
+    assert torch.equal(one.read(name), other.read(name))
+    assert weight_digest(one, split) != weight_digest(other, split)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
 def test_a_split_layout_has_the_whole_models_names_values_and_digest(
     family: str, tmp_path: Path
 ) -> None:

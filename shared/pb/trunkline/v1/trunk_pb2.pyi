@@ -125,17 +125,21 @@ class _SnapshotPartEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Snapshot
     DESCRIPTOR: _descriptor.EnumDescriptor
     SNAPSHOT_PART_UNSPECIFIED: _SnapshotPart.ValueType  # 0
     SNAPSHOT_PART_ADAPTER: _SnapshotPart.ValueType  # 1
-    """The tenant's adapter weights."""
+    """The adapter's weights."""
     SNAPSHOT_PART_GRADIENTS: _SnapshotPart.ValueType  # 2
     """The gradients accumulated since the last step."""
+    SNAPSHOT_PART_OPTIMIZER: _SnapshotPart.ValueType  # 3
+    """The state of the adapter's optimizer."""
 
 class SnapshotPart(_SnapshotPart, metaclass=_SnapshotPartEnumTypeWrapper): ...
 
 SNAPSHOT_PART_UNSPECIFIED: SnapshotPart.ValueType  # 0
 SNAPSHOT_PART_ADAPTER: SnapshotPart.ValueType  # 1
-"""The tenant's adapter weights."""
+"""The adapter's weights."""
 SNAPSHOT_PART_GRADIENTS: SnapshotPart.ValueType  # 2
 """The gradients accumulated since the last step."""
+SNAPSHOT_PART_OPTIMIZER: SnapshotPart.ValueType  # 3
+"""The state of the adapter's optimizer."""
 Global___SnapshotPart: _TypeAlias = SnapshotPart  # noqa: Y015
 
 class _HeldMode:
@@ -192,6 +196,7 @@ class GetInfoResponse(_message.Message):
     MAX_ADAPTER_RANK_FIELD_NUMBER: _builtins.int
     MAX_ADAPTER_PARAMETERS_FIELD_NUMBER: _builtins.int
     VERSION_FIELD_NUMBER: _builtins.int
+    QUANTIZATION_FIELD_NUMBER: _builtins.int
     model_type: _builtins.str
     num_layers: _builtins.int
     start_layer: _builtins.int
@@ -205,6 +210,8 @@ class GetInfoResponse(_message.Message):
     max_adapter_rank: _builtins.int
     max_adapter_parameters: _builtins.int
     version: _builtins.str
+    quantization: _builtins.str
+    """How the base weights are held: empty, "nf4" or "int8"."""
     @_builtins.property
     def peft_methods(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
     @_builtins.property
@@ -226,10 +233,11 @@ class GetInfoResponse(_message.Message):
         max_adapter_rank: _builtins.int = ...,
         max_adapter_parameters: _builtins.int = ...,
         version: _builtins.str = ...,
+        quantization: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["compute_dtype", b"compute_dtype", "end_layer", b"end_layer", "hidden_size", b"hidden_size", "max_adapter_parameters", b"max_adapter_parameters", "max_adapter_rank", b"max_adapter_rank", "max_positions", b"max_positions", "max_tokens_per_request", b"max_tokens_per_request", "model_type", b"model_type", "num_layers", b"num_layers", "optimizers", b"optimizers", "peft_methods", b"peft_methods", "start_layer", b"start_layer", "version", b"version", "weight_digest", b"weight_digest"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["compute_dtype", b"compute_dtype", "end_layer", b"end_layer", "hidden_size", b"hidden_size", "max_adapter_parameters", b"max_adapter_parameters", "max_adapter_rank", b"max_adapter_rank", "max_positions", b"max_positions", "max_tokens_per_request", b"max_tokens_per_request", "model_type", b"model_type", "num_layers", b"num_layers", "optimizers", b"optimizers", "peft_methods", b"peft_methods", "quantization", b"quantization", "start_layer", b"start_layer", "version", b"version", "weight_digest", b"weight_digest"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -274,6 +282,11 @@ class SessionRequest(_message.Message):
     RELEASE_FIELD_NUMBER: _builtins.int
     SNAPSHOT_FIELD_NUMBER: _builtins.int
     RESTORE_FIELD_NUMBER: _builtins.int
+    ADD_ADAPTER_FIELD_NUMBER: _builtins.int
+    REMOVE_ADAPTER_FIELD_NUMBER: _builtins.int
+    LIST_ADAPTERS_FIELD_NUMBER: _builtins.int
+    IMPORTANCE_FIELD_NUMBER: _builtins.int
+    ALLOCATE_FIELD_NUMBER: _builtins.int
     DATA_FIELD_NUMBER: _builtins.int
     id: _builtins.int
     """Grows by at least one with every new message of a session."""
@@ -294,6 +307,16 @@ class SessionRequest(_message.Message):
     def snapshot(self) -> Global___Snapshot: ...
     @_builtins.property
     def restore(self) -> Global___Restore: ...
+    @_builtins.property
+    def add_adapter(self) -> Global___AddAdapter: ...
+    @_builtins.property
+    def remove_adapter(self) -> Global___RemoveAdapter: ...
+    @_builtins.property
+    def list_adapters(self) -> Global___ListAdapters: ...
+    @_builtins.property
+    def importance(self) -> Global___Importance: ...
+    @_builtins.property
+    def allocate(self) -> Global___Allocate: ...
     def __init__(
         self,
         *,
@@ -306,13 +329,18 @@ class SessionRequest(_message.Message):
         release: Global___Release | None = ...,
         snapshot: Global___Snapshot | None = ...,
         restore: Global___Restore | None = ...,
+        add_adapter: Global___AddAdapter | None = ...,
+        remove_adapter: Global___RemoveAdapter | None = ...,
+        list_adapters: Global___ListAdapters | None = ...,
+        importance: Global___Importance | None = ...,
+        allocate: Global___Allocate | None = ...,
         data: _builtins.bytes = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["backward", b"backward", "body", b"body", "forward", b"forward", "open", b"open", "release", b"release", "restore", b"restore", "snapshot", b"snapshot", "step", b"step"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["add_adapter", b"add_adapter", "allocate", b"allocate", "backward", b"backward", "body", b"body", "forward", b"forward", "importance", b"importance", "list_adapters", b"list_adapters", "open", b"open", "release", b"release", "remove_adapter", b"remove_adapter", "restore", b"restore", "snapshot", b"snapshot", "step", b"step"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["backward", b"backward", "body", b"body", "data", b"data", "forward", b"forward", "id", b"id", "open", b"open", "release", b"release", "restore", b"restore", "snapshot", b"snapshot", "step", b"step", "tensors", b"tensors"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["add_adapter", b"add_adapter", "allocate", b"allocate", "backward", b"backward", "body", b"body", "data", b"data", "forward", b"forward", "id", b"id", "importance", b"importance", "list_adapters", b"list_adapters", "open", b"open", "release", b"release", "remove_adapter", b"remove_adapter", "restore", b"restore", "snapshot", b"snapshot", "step", b"step", "tensors", b"tensors"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_body: _TypeAlias = _typing.Literal["open", "forward", "backward", "step", "release", "snapshot", "restore"]  # noqa: Y015
+    _WhichOneofReturnType_body: _TypeAlias = _typing.Literal["open", "forward", "backward", "step", "release", "snapshot", "restore", "add_adapter", "remove_adapter", "list_adapters", "importance", "allocate"]  # noqa: Y015
     _WhichOneofArgType_body: _TypeAlias = _typing.Literal["body", b"body"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_body) -> _WhichOneofReturnType_body | None: ...
 
@@ -332,6 +360,11 @@ class SessionResponse(_message.Message):
     SNAPSHOT_FIELD_NUMBER: _builtins.int
     RESTORE_FIELD_NUMBER: _builtins.int
     ERROR_FIELD_NUMBER: _builtins.int
+    ADD_ADAPTER_FIELD_NUMBER: _builtins.int
+    REMOVE_ADAPTER_FIELD_NUMBER: _builtins.int
+    LIST_ADAPTERS_FIELD_NUMBER: _builtins.int
+    IMPORTANCE_FIELD_NUMBER: _builtins.int
+    ALLOCATE_FIELD_NUMBER: _builtins.int
     DATA_FIELD_NUMBER: _builtins.int
     id: _builtins.int
     data: _builtins.bytes
@@ -353,6 +386,16 @@ class SessionResponse(_message.Message):
     def restore(self) -> Global___RestoreResult: ...
     @_builtins.property
     def error(self) -> Global___Error: ...
+    @_builtins.property
+    def add_adapter(self) -> Global___AddAdapterResult: ...
+    @_builtins.property
+    def remove_adapter(self) -> Global___RemoveAdapterResult: ...
+    @_builtins.property
+    def list_adapters(self) -> Global___ListAdaptersResult: ...
+    @_builtins.property
+    def importance(self) -> Global___ImportanceResult: ...
+    @_builtins.property
+    def allocate(self) -> Global___AllocateResult: ...
     def __init__(
         self,
         *,
@@ -366,13 +409,18 @@ class SessionResponse(_message.Message):
         snapshot: Global___SnapshotResult | None = ...,
         restore: Global___RestoreResult | None = ...,
         error: Global___Error | None = ...,
+        add_adapter: Global___AddAdapterResult | None = ...,
+        remove_adapter: Global___RemoveAdapterResult | None = ...,
+        list_adapters: Global___ListAdaptersResult | None = ...,
+        importance: Global___ImportanceResult | None = ...,
+        allocate: Global___AllocateResult | None = ...,
         data: _builtins.bytes = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["backward", b"backward", "body", b"body", "error", b"error", "forward", b"forward", "open", b"open", "release", b"release", "restore", b"restore", "snapshot", b"snapshot", "step", b"step"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["add_adapter", b"add_adapter", "allocate", b"allocate", "backward", b"backward", "body", b"body", "error", b"error", "forward", b"forward", "importance", b"importance", "list_adapters", b"list_adapters", "open", b"open", "release", b"release", "remove_adapter", b"remove_adapter", "restore", b"restore", "snapshot", b"snapshot", "step", b"step"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["backward", b"backward", "body", b"body", "data", b"data", "error", b"error", "forward", b"forward", "id", b"id", "open", b"open", "release", b"release", "restore", b"restore", "snapshot", b"snapshot", "step", b"step", "tensors", b"tensors"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["add_adapter", b"add_adapter", "allocate", b"allocate", "backward", b"backward", "body", b"body", "data", b"data", "error", b"error", "forward", b"forward", "id", b"id", "importance", b"importance", "list_adapters", b"list_adapters", "open", b"open", "release", b"release", "remove_adapter", b"remove_adapter", "restore", b"restore", "snapshot", b"snapshot", "step", b"step", "tensors", b"tensors"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_body: _TypeAlias = _typing.Literal["open", "forward", "backward", "step", "release", "snapshot", "restore", "error"]  # noqa: Y015
+    _WhichOneofReturnType_body: _TypeAlias = _typing.Literal["open", "forward", "backward", "step", "release", "snapshot", "restore", "error", "add_adapter", "remove_adapter", "list_adapters", "importance", "allocate"]  # noqa: Y015
     _WhichOneofArgType_body: _TypeAlias = _typing.Literal["body", b"body"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_body) -> _WhichOneofReturnType_body | None: ...
 
@@ -418,7 +466,7 @@ class Open(_message.Message):
     start_layer: _builtins.int
     end_layer: _builtins.int
     peft_config_json: _builtins.str
-    """A PEFT configuration as JSON; empty for a frozen trunk."""
+    """PEFT configuration, as JSON, of the session's adapter "default"; empty for a frozen trunk."""
     seed: _builtins.int
     """Seeds the fresh adapter and, with step and micro, every dropout mask."""
     dropout: _builtins.float
@@ -483,6 +531,8 @@ class Forward(_message.Message):
     MICRO_FIELD_NUMBER: _builtins.int
     CACHE_ID_FIELD_NUMBER: _builtins.int
     CACHE_OPS_FIELD_NUMBER: _builtins.int
+    ADAPTER_FIELD_NUMBER: _builtins.int
+    WITHOUT_ADAPTER_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     """Names the state kept for Backward; unused (empty) without keep_graph."""
     keep_graph: _builtins.bool
@@ -493,6 +543,10 @@ class Forward(_message.Message):
     micro: _builtins.int
     cache_id: _builtins.str
     """A key/value cache to read and extend; created at first use. Excludes keep_graph."""
+    adapter: _builtins.str
+    """Which of the session's adapters to run with; empty is "default"."""
+    without_adapter: _builtins.bool
+    """Runs the blocks without any adapter."""
     @_builtins.property
     def cache_ops(self) -> _containers.RepeatedCompositeFieldContainer[Global___CacheOp]:
         """Applied to that cache before the forward."""
@@ -507,10 +561,12 @@ class Forward(_message.Message):
         micro: _builtins.int = ...,
         cache_id: _builtins.str = ...,
         cache_ops: _abc.Iterable[Global___CacheOp] | None = ...,
+        adapter: _builtins.str = ...,
+        without_adapter: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cache_id", b"cache_id", "cache_ops", b"cache_ops", "keep_graph", b"keep_graph", "micro", b"micro", "request_id", b"request_id", "step", b"step", "training", b"training"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter", "cache_id", b"cache_id", "cache_ops", b"cache_ops", "keep_graph", b"keep_graph", "micro", b"micro", "request_id", b"request_id", "step", b"step", "training", b"training", "without_adapter", b"without_adapter"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -625,17 +681,27 @@ class ForwardResult(_message.Message):
 
     HELD_MODE_FIELD_NUMBER: _builtins.int
     HELD_BYTES_FIELD_NUMBER: _builtins.int
+    PENALTY_FIELD_NUMBER: _builtins.int
+    PENALTY_TERMS_FIELD_NUMBER: _builtins.int
     held_mode: Global___HeldMode.ValueType
     held_bytes: _builtins.int
+    penalty: _builtins.float
+    """AdaLoRA, in training: how far the trunk's singular vectors are from orthogonal, summed over
+    penalty_terms matrices (see peft.AdaLoraModel.forward). The client adds its own and divides by
+    the number of both, so that the whole model's regularisation comes out.
+    """
+    penalty_terms: _builtins.int
     def __init__(
         self,
         *,
         held_mode: Global___HeldMode.ValueType = ...,
         held_bytes: _builtins.int = ...,
+        penalty: _builtins.float = ...,
+        penalty_terms: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["held_bytes", b"held_bytes", "held_mode", b"held_mode"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["held_bytes", b"held_bytes", "held_mode", b"held_mode", "penalty", b"penalty", "penalty_terms", b"penalty_terms"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -650,21 +716,25 @@ class Backward(_message.Message):
     REQUEST_ID_FIELD_NUMBER: _builtins.int
     NEED_INPUT_GRADIENT_FIELD_NUMBER: _builtins.int
     RESET_GRADIENTS_FIELD_NUMBER: _builtins.int
+    PENALTY_GRADIENT_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     need_input_gradient: _builtins.bool
     """False when nothing below the trunk is trainable: no gradient is sent back."""
     reset_gradients: _builtins.bool
     """Drops the gradients accumulated so far: the client zeroed its own."""
+    penalty_gradient: _builtins.float
+    """Derivative of the loss with respect to the forward's penalty."""
     def __init__(
         self,
         *,
         request_id: _builtins.str = ...,
         need_input_gradient: _builtins.bool = ...,
         reset_gradients: _builtins.bool = ...,
+        penalty_gradient: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["need_input_gradient", b"need_input_gradient", "request_id", b"request_id", "reset_gradients", b"reset_gradients"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["need_input_gradient", b"need_input_gradient", "penalty_gradient", b"penalty_gradient", "request_id", b"request_id", "reset_gradients", b"reset_gradients"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -767,10 +837,12 @@ class Step(_message.Message):
     STEP_FIELD_NUMBER: _builtins.int
     GRADIENT_SCALE_FIELD_NUMBER: _builtins.int
     OPTIMIZER_FIELD_NUMBER: _builtins.int
+    ADAPTER_FIELD_NUMBER: _builtins.int
     step: _builtins.int
     """committed + 1 applies the step; committed answers its stored result again."""
     gradient_scale: _builtins.float
     """Multiplies the accumulated gradient: the client's gradient clipping or loss scaling."""
+    adapter: _builtins.str
     @_builtins.property
     def optimizer(self) -> Global___Optimizer: ...
     def __init__(
@@ -779,10 +851,11 @@ class Step(_message.Message):
         step: _builtins.int = ...,
         gradient_scale: _builtins.float = ...,
         optimizer: Global___Optimizer | None = ...,
+        adapter: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["optimizer", b"optimizer"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["gradient_scale", b"gradient_scale", "optimizer", b"optimizer", "step", b"step"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter", "gradient_scale", b"gradient_scale", "optimizer", b"optimizer", "step", b"step"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -854,16 +927,19 @@ class Snapshot(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     PARTS_FIELD_NUMBER: _builtins.int
+    ADAPTER_FIELD_NUMBER: _builtins.int
+    adapter: _builtins.str
     @_builtins.property
     def parts(self) -> _containers.RepeatedScalarFieldContainer[Global___SnapshotPart.ValueType]: ...
     def __init__(
         self,
         *,
         parts: _abc.Iterable[Global___SnapshotPart.ValueType] | None = ...,
+        adapter: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["parts", b"parts"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter", "parts", b"parts"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -871,7 +947,9 @@ Global___Snapshot: _TypeAlias = Snapshot  # noqa: Y015
 
 @_typing.final
 class SnapshotResult(_message.Message):
-    """tensors: "adapter/NAME" and "gradient/NAME", NAME as in PEFT's adapter files."""
+    """tensors: "adapter/NAME" and "gradient/NAME", NAME as in PEFT's adapter files; "optimizer/NAME/KEY",
+    NAME a parameter's and KEY as in torch's optimizer state, with ":int" or ":float" for a number.
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -895,18 +973,40 @@ Global___SnapshotResult: _TypeAlias = SnapshotResult  # noqa: Y015
 
 @_typing.final
 class Restore(_message.Message):
-    """tensors: "adapter/NAME" for every adapter weight."""
+    """Replaces what the tensors name, all or nothing.
+    tensors: all of "adapter/NAME", or all of "optimizer/NAME/KEY", or both.
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 
+    ADAPTER_FIELD_NUMBER: _builtins.int
+    WEIGHT_DIGEST_FIELD_NUMBER: _builtins.int
+    COMMITTED_STEP_FIELD_NUMBER: _builtins.int
+    OPTIMIZER_FIELD_NUMBER: _builtins.int
+    adapter: _builtins.str
+    weight_digest: _builtins.str
+    """The trunk weights that the adapter was trained on; empty is not checked."""
+    committed_step: _builtins.int
+    """Sets the number of the last committed step."""
+    @_builtins.property
+    def optimizer(self) -> Global___Optimizer:
+        """Whose state "optimizer/…" is."""
+
     def __init__(
         self,
+        *,
+        adapter: _builtins.str = ...,
+        weight_digest: _builtins.str = ...,
+        committed_step: _builtins.int | None = ...,
+        optimizer: Global___Optimizer | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_committed_step", b"_committed_step", "committed_step", b"committed_step", "optimizer", b"optimizer"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_committed_step", b"_committed_step", "adapter", b"adapter", "committed_step", b"committed_step", "optimizer", b"optimizer", "weight_digest", b"weight_digest"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__committed_step: _TypeAlias = _typing.Literal["committed_step"]  # noqa: Y015
+    _WhichOneofArgType__committed_step: _TypeAlias = _typing.Literal["_committed_step", b"_committed_step"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__committed_step) -> _WhichOneofReturnType__committed_step | None: ...
 
 Global___Restore: _TypeAlias = Restore  # noqa: Y015
 
@@ -924,3 +1024,236 @@ class RestoreResult(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___RestoreResult: _TypeAlias = RestoreResult  # noqa: Y015
+
+@_typing.final
+class AddAdapter(_message.Message):
+    """Adds a fresh adapter to the session, beside those it has."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ADAPTER_FIELD_NUMBER: _builtins.int
+    PEFT_CONFIG_JSON_FIELD_NUMBER: _builtins.int
+    SEED_FIELD_NUMBER: _builtins.int
+    adapter: _builtins.str
+    peft_config_json: _builtins.str
+    seed: _builtins.int
+    def __init__(
+        self,
+        *,
+        adapter: _builtins.str = ...,
+        peft_config_json: _builtins.str = ...,
+        seed: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter", "peft_config_json", b"peft_config_json", "seed", b"seed"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___AddAdapter: _TypeAlias = AddAdapter  # noqa: Y015
+
+@_typing.final
+class AddAdapterResult(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TRAINABLE_PARAMETERS_FIELD_NUMBER: _builtins.int
+    trainable_parameters: _builtins.int
+    def __init__(
+        self,
+        *,
+        trainable_parameters: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["trainable_parameters", b"trainable_parameters"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___AddAdapterResult: _TypeAlias = AddAdapterResult  # noqa: Y015
+
+@_typing.final
+class RemoveAdapter(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ADAPTER_FIELD_NUMBER: _builtins.int
+    adapter: _builtins.str
+    def __init__(
+        self,
+        *,
+        adapter: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RemoveAdapter: _TypeAlias = RemoveAdapter  # noqa: Y015
+
+@_typing.final
+class RemoveAdapterResult(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RemoveAdapterResult: _TypeAlias = RemoveAdapterResult  # noqa: Y015
+
+@_typing.final
+class ListAdapters(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListAdapters: _TypeAlias = ListAdapters  # noqa: Y015
+
+@_typing.final
+class AdapterDescription(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ADAPTER_FIELD_NUMBER: _builtins.int
+    PEFT_CONFIG_JSON_FIELD_NUMBER: _builtins.int
+    TRAINABLE_PARAMETERS_FIELD_NUMBER: _builtins.int
+    COMMITTED_STEP_FIELD_NUMBER: _builtins.int
+    adapter: _builtins.str
+    peft_config_json: _builtins.str
+    trainable_parameters: _builtins.int
+    committed_step: _builtins.int
+    def __init__(
+        self,
+        *,
+        adapter: _builtins.str = ...,
+        peft_config_json: _builtins.str = ...,
+        trainable_parameters: _builtins.int = ...,
+        committed_step: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter", "committed_step", b"committed_step", "peft_config_json", b"peft_config_json", "trainable_parameters", b"trainable_parameters"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___AdapterDescription: _TypeAlias = AdapterDescription  # noqa: Y015
+
+@_typing.final
+class ListAdaptersResult(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ADAPTERS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def adapters(self) -> _containers.RepeatedCompositeFieldContainer[Global___AdapterDescription]: ...
+    def __init__(
+        self,
+        *,
+        adapters: _abc.Iterable[Global___AdapterDescription] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapters", b"adapters"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListAdaptersResult: _TypeAlias = ListAdaptersResult  # noqa: Y015
+
+@_typing.final
+class Importance(_message.Message):
+    """AdaLoRA: how much each singular value of the trunk's matrices matters."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ADAPTER_FIELD_NUMBER: _builtins.int
+    UPDATE_FIELD_NUMBER: _builtins.int
+    REPORT_FIELD_NUMBER: _builtins.int
+    adapter: _builtins.str
+    update: _builtins.bool
+    """Takes the gradients of the last step into the moving averages first."""
+    report: _builtins.bool
+    """Answers the scores."""
+    def __init__(
+        self,
+        *,
+        adapter: _builtins.str = ...,
+        update: _builtins.bool = ...,
+        report: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter", "report", b"report", "update", b"update"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Importance: _TypeAlias = Importance  # noqa: Y015
+
+@_typing.final
+class ImportanceResult(_message.Message):
+    """tensors: "importance/NAME" [R, 3]: mean score of the right and of the left singular vector, and the
+    score of the singular value; NAME is that of the parameter lora_E.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ImportanceResult: _TypeAlias = ImportanceResult  # noqa: Y015
+
+@_typing.final
+class Allocate(_message.Message):
+    """AdaLoRA: sets the singular values that are not kept to zero.
+    tensors: "keep/NAME" [R], bool, for every lora_E of the trunk.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ADAPTER_FIELD_NUMBER: _builtins.int
+    LAST_FIELD_NUMBER: _builtins.int
+    adapter: _builtins.str
+    last: _builtins.bool
+    """The last allocation: the moving averages start anew."""
+    def __init__(
+        self,
+        *,
+        adapter: _builtins.str = ...,
+        last: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter", "last", b"last"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Allocate: _TypeAlias = Allocate  # noqa: Y015
+
+@_typing.final
+class AllocateResult(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___AllocateResult: _TypeAlias = AllocateResult  # noqa: Y015

@@ -1,0 +1,97 @@
+"""Saving the ends of a split model that were trained themselves, without a PEFT adapter on them."""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from client_service.remote_trunk import RemoteTrunk
+from shared.adapters.config import config_from_json
+from shared.adapters.weights import Provenance, write_adapter
+
+TRUNK_ADAPTER = "trunk_adapter"
+_STEP = f"{TRUNK_ADAPTER}.committed_step"
+
+
+class SplitEnds:
+    """Mixed into the family's class: what :meth:`save_pretrained` writes is said to be the ends.
+
+    ``config.json`` is the whole model's, with ``trunkline_split``; ``model.safetensors`` lacks the
+    trunk's blocks. :meth:`SplitModelForCausalLM.from_pretrained` reads such a folder; a model that
+    is loaded from it elsewhere is told by transformers that blocks are missing.
+    """
+
+    remote_trunk: RemoteTrunk
+    whole_config: Any
+    split: Any
+
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike[str],
+        is_main_process: bool = True,
+        state_dict: dict[str, torch.Tensor] | None = None,
+        save_function: Callable[..., None] = torch.save,
+        push_to_hub: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        """Writes the ends' weights and, if the trunk has an adapter, that beside them.
+
+        Args:
+            save_directory: Created if needed.
+            is_main_process: Accepted for the Trainer's sake.
+            state_dict: Accepted for the Trainer's sake; the model's own is written.
+            save_function: Accepted for the Trainer's sake; safetensors are written.
+            push_to_hub: As in transformers.
+            **kwargs: As in transformers.
+        """
+        super().save_pretrained(  # type: ignore[misc]
+            save_directory, is_main_process=is_main_process, push_to_hub=push_to_hub, **kwargs
+        )
+        folder = Path(save_directory)
+        weights = folder / "model.safetensors"
+        session = self.remote_trunk.session
+        if self.remote_trunk.trainable:
+            adapter = {f"{TRUNK_ADAPTER}.{n}": t for n, t in session.adapter().items()}
+            step = {_STEP: torch.tensor(self.remote_trunk.next_step - 1)}
+            save_file(load_file(weights) | adapter | step, weights, metadata={"format": "pt"})
+        config = self.whole_config.to_dict()
+        config["trunkline_split"] = str(self.split)
+        config["trunkline_weight_digest"] = session.info.weight_digest
+        type(self.whole_config).from_dict(config).save_pretrained(folder)
+        if self.remote_trunk.trainable:
+            trained = config_from_json(session.adapter_config_json())
+            step = self.remote_trunk.next_step - 1
+            noted = Provenance(str(self.split), session.info.weight_digest, step)
+            base = str(self.whole_config._name_or_path)
+            write_adapter(folder / TRUNK_ADAPTER, trained, session.adapter(), base, noted)
+
+    def load_state_dict(
+        self, state_dict: Mapping[str, torch.Tensor], strict: bool = True, assign: bool = False
+    ) -> Any:
+        """Loads the ends and, if it is there, the trunk's adapter, as the Trainer's resuming does.
+
+        Args:
+            state_dict: What is in a folder that :meth:`save_pretrained` wrote, or the ends alone.
+            strict: As in torch.
+            assign: As in torch.
+        """
+        prefix = f"{TRUNK_ADAPTER}."
+        ends = {n: t for n, t in state_dict.items() if not n.startswith(prefix)}
+        adapter = {n.removeprefix(prefix): t for n, t in state_dict.items() if n not in ends}
+        loaded = super().load_state_dict(ends, strict, assign)  # type: ignore[misc]
+        if adapter:
+            step = adapter.pop(_STEP.removeprefix(prefix))
+            self.remote_trunk.restore(adapter, step=int(step))
+        return loaded
+
+
+@functools.cache
+def split_class(full_class: Any) -> Any:
+    """The family's class with :class:`SplitEnds` in it; still a subclass of the family's."""
+    return type(f"Split{full_class.__name__}", (SplitEnds, full_class), {"__module__": __name__})
