@@ -5,10 +5,10 @@ BIN := .venv/bin
 READY := .venv/.ready
 PARTS := shared trunk_service client_service
 
-demo test test-slow bench: export OMP_WAIT_POLICY = PASSIVE
+demo test test-slow bench parity: export OMP_WAIT_POLICY = PASSIVE
 
 .DEFAULT_GOAL := help
-.PHONY: help setup smollm2 demo test test-slow lint types proto proto-check bench up down
+.PHONY: help setup smollm2 demo test test-slow lint types proto proto-check bench parity up down
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -49,6 +49,9 @@ proto-check: $(READY) ## fail if the stubs in shared/pb are not what the proto g
 
 bench: $(READY) ## run the benchmarks
 	$(BIN)/python -m benchmarks
+
+parity: $(READY) ## run every method, part and family against the unsplit model; writes docs/parity.md
+	$(BIN)/python -m benchmarks.parity
 
 up: ## build the images; start a trunk and a client that trains through it
 	docker compose up --build -d

@@ -7,7 +7,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -17,7 +17,9 @@ _POLL_S = 0.05
 
 
 @contextmanager
-def local_trunk(model: str, split: str, timeout_s: float = 120.0) -> Iterator[str]:
+def local_trunk(
+    model: str, split: str, timeout_s: float = 120.0, flags: Sequence[str] = ()
+) -> Iterator[str]:
     """Starts ``python -m trunk_service`` on a free loopback port and yields its address.
 
     Raises:
@@ -27,6 +29,7 @@ def local_trunk(model: str, split: str, timeout_s: float = 120.0) -> Iterator[st
         ready, log = Path(folder) / "ready.json", Path(folder) / "log"
         command = [sys.executable, "-m", "trunk_service", "--model", model, "--split", split]
         command += ["--listen", "127.0.0.1:0", "--ready-file", str(ready)]
+        command += flags
         with log.open("wb") as sink:
             process = subprocess.Popen(command, stderr=sink, stdin=subprocess.DEVNULL)
         try:

@@ -32,6 +32,9 @@ from shared.tensor_bytes import as_bytes
 
 _models: weakref.WeakKeyDictionary[nn.Module, RemoteTrunk] = weakref.WeakKeyDictionary()
 _saving: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()
+_stepped_by: weakref.WeakKeyDictionary[RemoteTrunk, weakref.ref[torch.optim.Optimizer]] = (
+    weakref.WeakKeyDictionary()
+)
 _lock = threading.Lock()
 _installed = False
 
@@ -75,7 +78,9 @@ def _before_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> No
 
 def _after_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
     for _, trunk, group in _steps_of(optimizer):
-        trunk.step(describe(optimizer, group))
+        if trunk.has_gradients:
+            _stepped_by[trunk] = weakref.ref(optimizer)
+            trunk.step(describe(optimizer, group))
 
 
 def _add_trunk_state(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> dict[str, Any]:
@@ -86,8 +91,12 @@ def _add_trunk_state(optimizer: torch.optim.Optimizer, state: dict[str, Any]) ->
             "weights": _digest(trunk),
         }
         for key, (_, trunk, _) in _keyed(optimizer)
-        # What was loaded and not given to the trunk yet is there already.
-        if trunk.trainable and key not in state["state"]
+        # What was loaded and not given to the trunk yet is there already. Of two optimizers of one
+        # model, the first steps the trunk.
+        if trunk.trainable
+        and key not in state["state"]
+        and (stepped := _stepped_by.get(trunk)) is not None
+        and stepped() is optimizer
     }
     return {**state, "state": {**state["state"], **added}}
 

@@ -13,9 +13,14 @@ from safetensors.torch import load_file, save_file
 
 from client_service.remote_trunk import RemoteTrunk
 from shared.adapters.config import config_from_json
+from shared.adapters.methods import PARTS
 from shared.adapters.weights import Provenance, write_adapter
+from shared.errors import AdapterError
+from shared.models.families import Family, family_of
+from shared.models.split_range import SplitRange
 
 TRUNK_ADAPTER = "trunk_adapter"
+_WEIGHT_FILE = "model.safetensors"
 _STEP = f"{TRUNK_ADAPTER}.committed_step"
 
 
@@ -54,22 +59,12 @@ class SplitEnds:
             save_directory, is_main_process=is_main_process, push_to_hub=push_to_hub, **kwargs
         )
         folder = Path(save_directory)
-        weights = folder / "model.safetensors"
-        session = self.remote_trunk.session
-        if self.remote_trunk.trainable:
-            adapter = {f"{TRUNK_ADAPTER}.{n}": t for n, t in session.adapter().items()}
-            step = {_STEP: torch.tensor(self.remote_trunk.next_step - 1)}
-            save_file(load_file(weights) | adapter | step, weights, metadata={"format": "pt"})
-        config = self.whole_config.to_dict()
+        session, config = self.remote_trunk.session, self.whole_config.to_dict()
         config["trunkline_split"] = str(self.split)
         config["trunkline_weight_digest"] = session.info.weight_digest
         type(self.whole_config).from_dict(config).save_pretrained(folder)
         if self.remote_trunk.trainable:
-            trained = config_from_json(session.adapter_config_json())
-            step = self.remote_trunk.next_step - 1
-            noted = Provenance(str(self.split), session.info.weight_digest, step)
-            base = str(self.whole_config._name_or_path)
-            write_adapter(folder / TRUNK_ADAPTER, trained, session.adapter(), base, noted)
+            self._save_trunk_adapter(folder)
 
     def load_state_dict(
         self, state_dict: Mapping[str, torch.Tensor], strict: bool = True, assign: bool = False
@@ -90,8 +85,53 @@ class SplitEnds:
             self.remote_trunk.restore(adapter, step=int(step))
         return loaded
 
+    def _save_trunk_adapter(self, folder: Path) -> None:
+        """Writes it twice: for PEFT, and among the ends' weights, where the Trainer reads."""
+        session, step = self.remote_trunk.session, self.remote_trunk.next_step - 1
+        weights, config = session.adapter(), config_from_json(session.adapter_config_json())
+        noted = Provenance(str(self.split), session.info.weight_digest, step)
+        base = str(self.whole_config._name_or_path)
+        write_adapter(folder / TRUNK_ADAPTER, config, weights, base, noted)
+        tensors = load_file(folder / _WEIGHT_FILE)
+        tensors |= {f"{TRUNK_ADAPTER}.{n}": t for n, t in weights.items()}
+        tensors[_STEP] = torch.tensor(step)
+        save_file(tensors, folder / _WEIGHT_FILE, metadata={"format": "pt"})
+
 
 @functools.cache
 def split_class(full_class: Any) -> Any:
     """The family's class with :class:`SplitEnds` in it; still a subclass of the family's."""
     return type(f"Split{full_class.__name__}", (SplitEnds, full_class), {"__module__": __name__})
+
+
+def check_ends(parts: str) -> None:
+    """Refuses to train other weights than the ends' own.
+
+    Raises:
+        AdapterError: If the trunk is named, or no part is.
+    """
+    if parts not in PARTS:
+        raise AdapterError(f"parts {parts!r} are not accepted; accepted: {', '.join(PARTS)}")
+    if parts == "trunk":
+        raise AdapterError(
+            "the trunk's own weights are shared by all tenants and never trained: give it an "
+            "adapter (peft_config with peft_parts='trunk', or trunk_peft_config)"
+        )
+
+
+def train_ends(model: Any, parts: str) -> None:
+    """Freezes the end that is not named; a head tied to the embedding belongs to the bottom."""
+    if parts not in ("bottom", "top"):
+        return
+    family = family_of(model.whole_config.model_type)
+    for name, parameter in model.named_parameters():
+        if not name.endswith(".proxy"):
+            parameter.requires_grad_(_end_of(name, family, model.split) == parts)
+
+
+def _end_of(name: str, family: Family, split: SplitRange) -> str:
+    if name.startswith(family.layer_prefix):
+        index = int(name.removeprefix(family.layer_prefix).split(".")[0])
+        return "bottom" if index < split.start else "top"
+    top = (f"{family.base}.{family.norm}.", "lm_head.")
+    return "top" if name.startswith(top) else "bottom"

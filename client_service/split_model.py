@@ -13,10 +13,12 @@ from client_service.connection import get_info, open_channel
 from client_service.hole import with_hole
 from client_service.remote_trunk import RemoteTrunk
 from client_service.session import CONNECT_TIMEOUT_S, SessionTerms, TrunkSession
+from client_service.split_ends import TRUNK_ADAPTER, check_ends, train_ends
 from client_service.split_peft import LoadedAdapter, SplitPeftModelForCausalLM, read_loaded
 from shared.adapters.config import config_to_json
 from shared.adapters.joining import SplitShape
 from shared.adapters.plan import AdapterPlan, plan_adapter
+from shared.adapters.weights import Weights, read_adapter
 from shared.adapters.wrap import wrap
 from shared.errors import AdapterError
 from shared.models import Checkpoint, SplitRange, open_checkpoint
@@ -56,7 +58,7 @@ class SplitModelForCausalLM:
             trunk_peft_config: Adapter of the trunk's blocks: ``"same"`` as the ends, another
                 configuration of the same method, or None for a frozen trunk.
             peft_parts: Which parts ``peft_config`` adapts: ``all``, ``bottom``, ``trunk``, ``top``
-                or ``ends``; what it does not adapt is frozen.
+                or ``ends``; what it does not adapt is frozen. Without one, which ends are trained.
             adapter: Folder of a whole model's PEFT adapter to start from, cut onto the parts.
             seed: Fixes fresh adapter weights and the trunk's dropout.
             dropout: Replaces the probability of the model's own dropout layers, on both sides.
@@ -87,8 +89,12 @@ class SplitModelForCausalLM:
             trunk_config = peft_config if trunk_peft_config == "same" else trunk_peft_config
             plan = plan_adapter(peft_config, trunk_config, checkpoint.config, served, peft_parts)
         trunk_json = "" if plan is None else plan.trunk_json
-        if plan is None and isinstance(trunk_peft_config, PeftConfig):
-            trunk_json = config_to_json(trunk_peft_config)
+        beside = None
+        if plan is None:
+            check_ends(peft_parts)
+            beside = _adapter_beside(model)
+            alone = beside[0] if beside else trunk_peft_config
+            trunk_json = config_to_json(alone) if isinstance(alone, PeftConfig) else ""
         digest = _digest(checkpoint, served)
         terms = SessionTerms(
             split=(served.start, served.end),
@@ -104,12 +110,22 @@ class SplitModelForCausalLM:
             if plan is not None:
                 whole = wrap(whole, plan.client, seed, "client", SplitPeftModelForCausalLM)
                 remote.proxy.requires_grad_(remote.trainable)
+            else:
+                train_ends(whole, peft_parts)
             if loaded is not None:
                 whole.load_sides(str(adapter), loaded)
+            if beside is not None:
+                remote.restore(beside[1])
         except BaseException:
             remote.close()
             raise
         return whole.eval()
+
+
+def _adapter_beside(model: str | Path) -> tuple[PeftConfig, Weights] | None:
+    """The trunk's adapter in a folder of ends that were trained themselves."""
+    folder = Path(model) / TRUNK_ADAPTER
+    return read_adapter(folder) if folder.is_dir() else None
 
 
 def _plan_loaded(

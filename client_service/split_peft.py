@@ -27,6 +27,7 @@ from shared.adapters.weights import (
     read_provenance,
     write_adapter,
 )
+from shared.adapters.wrap import fitted
 from shared.errors import AdapterError
 from shared.models.families import family_of
 from shared.models.split_range import SplitRange
@@ -140,11 +141,12 @@ class SplitPeftModelForCausalLM(PeftModelForCausalLM):  # type: ignore[misc]
             raise AdapterError(f"this model has an adapter {adapter_name!r} already")
         whole = self.get_base_model().whole_config
         plan = plan_adapter(peft_config, peft_config, whole, self._shape.split)
+        client = fitted(plan.client, self.get_base_model(), "client")
         seed = self.remote.session.terms.seed
         self.remote.add_adapter(_on_trunk(adapter_name), plan.trunk_json, seed)
         try:
             with keyed_generator("adapter", seed, f"client {adapter_name}"):
-                super().add_adapter(adapter_name, plan.client, *args, **kwargs)
+                super().add_adapter(adapter_name, client, *args, **kwargs)
         except BaseException:
             self.remote.remove_adapter(_on_trunk(adapter_name))
             raise

@@ -5,10 +5,17 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
+from torch.nn.functional import cross_entropy
 from transformers import get_scheduler
+
+_OPTIMIZERS: dict[str, Any] = {
+    "adamw": torch.optim.AdamW,
+    "sgd": torch.optim.SGD,
+    "adafactor": torch.optim.Adafactor,
+}
 
 
 @dataclass(frozen=True)
@@ -18,6 +25,8 @@ class TrainingPlan:
     steps: int = 100
     batch_size: int = 8
     lr: float = 1e-3
+    optimizer: Literal["adamw", "sgd", "adafactor"] = "adamw"
+    """torch's, of all parts."""
     weight_decay: float = 0.0
     grad_clip: float = 1.0
     """Largest global gradient norm; 0 does not clip."""
@@ -54,14 +63,15 @@ def train(model: Any, batches: Iterator[torch.Tensor], plan: TrainingPlan) -> It
     """Trains a causal-LM model, split or whole, yielding after every optimizer step.
 
     Args:
-        model: A Hugging Face model; what requires gradients is trained with AdamW.
+        model: A Hugging Face model; what requires gradients is trained.
         batches: Token ids [B, T].
         plan: How.
     """
     model.train()
     torch.manual_seed(plan.seed)
     trainable = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trainable, lr=plan.lr, weight_decay=plan.weight_decay)
+    optimizer = _OPTIMIZERS[plan.optimizer](trainable, lr=plan.lr, weight_decay=plan.weight_decay)
+    allocates = getattr(model, "update_and_allocate", None)  # AdaLoRA
     schedule = get_scheduler(
         plan.schedule, optimizer, num_warmup_steps=plan.warmup_steps, num_training_steps=plan.steps
     )
@@ -78,6 +88,8 @@ def train(model: Any, batches: Iterator[torch.Tensor], plan: TrainingPlan) -> It
         grad_norm = float(torch.nn.utils.clip_grad_norm_(trainable, limit))
         lr = float(schedule.get_last_lr()[0])
         optimizer.step()
+        if allocates is not None:
+            allocates(step)  # reads the step's gradients, so before they are zeroed
         schedule.step()
         optimizer.zero_grad()
         now_sent, now_received = traffic(model)
@@ -104,13 +116,18 @@ def traffic(model: Any) -> tuple[int, int]:
 
 @torch.no_grad()
 def mean_loss(model: Any, blocks_NT: torch.Tensor, batch_size: int) -> float:
-    """Mean loss per predicted token over blocks of token ids [N, T]."""
+    """Mean cross-entropy per predicted token over blocks of token ids [N, T].
+
+    Not the model's own loss: AdaLoRA adds its regularisation to that.
+    """
     was_training = model.training
     model.eval()
     total = 0.0
     for start in range(0, len(blocks_NT), batch_size):
-        batch = blocks_NT[start : start + batch_size]
-        loss = model(input_ids=batch, labels=batch, use_cache=False).loss
-        total += float(loss) * len(batch)
+        batch_BT = blocks_NT[start : start + batch_size]
+        # Virtual tokens of prompt tuning stand in front of the block's own.
+        logits_BTV = model(input_ids=batch_BT, use_cache=False).logits[:, -batch_BT.shape[1] :]
+        loss = cross_entropy(logits_BTV[:, :-1].flatten(0, 1).float(), batch_BT[:, 1:].flatten())
+        total += float(loss) * len(batch_BT)
     model.train(was_training)
     return total / len(blocks_NT)

@@ -20,7 +20,7 @@ app = typer.Typer(
 def main() -> None:
     """Runs the command line; exits 2 on an error that names what to change."""
     # The commands are registered by being imported, and importing them loads torch.
-    from client_service.cli import demo, model, train  # noqa: F401
+    from client_service.cli import chat, demo, export, gguf, model, train  # noqa: F401
 
     try:
         app()

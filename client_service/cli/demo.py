@@ -56,7 +56,7 @@ def _fine_tune(model: str, address: str, out: Path, steps: int, seed: int) -> di
     tokenizer = load_tokenizer(model)
     held_out = token_blocks(read_texts(private_heldout_file()), tokenizer, SEQ_LEN)
     blocks = token_blocks(read_texts(private_train_file()), tokenizer, SEQ_LEN)
-    config = read_peft_config("lora", None, model, 0.0)
+    config = read_peft_config("lora", None, model, 0.0, steps)
     split = SplitModelForCausalLM.from_pretrained(
         model, address, split=SPLIT, peft_config=config, seed=seed, dropout=0.0
     )
@@ -99,7 +99,7 @@ def _sample(model: Any, tokenizer: Any, seed: int) -> str:
 
 def _versus_whole(model: str, address: str, seed: int) -> dict[str, float]:
     blocks = token_blocks(read_texts(private_train_file()), load_tokenizer(model), 64)
-    config = read_peft_config("lora", None, model, 0.0)
+    config = read_peft_config("lora", None, model, 0.0, 10)
     ordered = labelled(batches(blocks, 4, seed))
     return verify(model, address, config, ordered, VerifyPlan(steps=10), seed).as_dict()
 

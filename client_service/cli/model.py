@@ -18,6 +18,10 @@ from client_service.cli.options import (
     AdapterOption,
     BatchSizeOption,
     ModelOption,
+    PeftConfigOption,
+    PeftOption,
+    PeftPartsOption,
+    QuantizeOption,
     SeedOption,
     SeqLenOption,
     ThreadsOption,
@@ -35,7 +39,8 @@ from client_service.split_model import SplitModelForCausalLM
 from client_service.training import mean_loss
 from client_service.verify import VerifyPlan, verify
 from shared.bundled import private_heldout_file, private_train_file
-from shared.models import SplitRange
+from shared.errors import DataError
+from shared.models import SplitRange, open_checkpoint
 from shared.models.split_layout import write_split_layout
 
 
@@ -69,6 +74,7 @@ def eval_command(
     adapter: AdapterOption = None,
     batch_size: BatchSizeOption = 8,
     seq_len: SeqLenOption = 128,
+    quantize: QuantizeOption = "",
     threads: ThreadsOption = 0,
 ) -> None:
     """Print loss and perplexity on a text, through the split."""
@@ -76,7 +82,7 @@ def eval_command(
     model = model_or_bundled(model)
     texts = read_texts(data or private_heldout_file())
     blocks = token_blocks(texts, load_tokenizer(model), seq_len)
-    split = SplitModelForCausalLM.from_pretrained(model, trunk, adapter=adapter)
+    split = SplitModelForCausalLM.from_pretrained(model, trunk, adapter=adapter, quantize=quantize)
     loss = mean_loss(split, blocks, batch_size)
     split.remote_trunk.close()
     show({"loss": loss, "perplexity": math.exp(loss), "tokens": blocks.numel()})
@@ -93,14 +99,19 @@ def generate_command(
     top_k: Annotated[int, typer.Option(help="Sample from the k likeliest; 0: all.", min=0)] = 0,
     num_beams: Annotated[int, typer.Option(help="Beam search.", min=1)] = 1,
     seed: SeedOption = 0,
+    quantize: QuantizeOption = "",
     threads: ThreadsOption = 0,
 ) -> None:
     """Continue a text, through the split."""
     prepare(threads)
     model = model_or_bundled(model)
     tokenizer = load_tokenizer(model)
-    inputs = tokenizer(sys.stdin.read() if prompt == "-" else prompt, return_tensors="pt")
-    split = SplitModelForCausalLM.from_pretrained(model, trunk, adapter=adapter)
+    text = sys.stdin.read() if prompt == "-" else prompt
+    inputs = tokenizer(text, return_tensors="pt", verbose=False)
+    positions = open_checkpoint(model).config.max_position_embeddings
+    if not 0 < (tokens := inputs["input_ids"].shape[1]) < positions:
+        raise DataError(f"a prompt of {tokens} tokens: accepted are 1 to {positions - 1}")
+    split = SplitModelForCausalLM.from_pretrained(model, trunk, adapter=adapter, quantize=quantize)
     torch.manual_seed(seed)
     options: dict[str, Any] = {"num_beams": num_beams, "do_sample": temperature > 0}
     if temperature > 0:
@@ -118,6 +129,10 @@ def verify_command(
     data: Annotated[
         Path | None, typer.Option(help="Text to train on; default: the bundled notes.")
     ] = None,
+    peft: PeftOption = "lora",
+    peft_config: PeftConfigOption = None,
+    peft_parts: PeftPartsOption = "all",
+    quantize: QuantizeOption = "",
     batch_size: BatchSizeOption = 4,
     seq_len: SeqLenOption = 64,
     seed: SeedOption = 0,
@@ -131,9 +146,10 @@ def verify_command(
     model = model_or_bundled(model)
     texts = read_texts(data or private_train_file())
     blocks = token_blocks(texts, load_tokenizer(model), seq_len)
-    config = read_peft_config("lora", None, model, 0.0)
-    ordered = batches(blocks, batch_size, seed)
-    found = verify(model, trunk, config, labelled(ordered), VerifyPlan(steps=steps), seed)
+    config = read_peft_config(peft, peft_config, model, 0.0, steps)
+    ordered = labelled(batches(blocks, batch_size, seed))
+    plan = VerifyPlan(steps=steps)
+    found = verify(model, trunk, config, ordered, plan, seed, parts=peft_parts, quantize=quantize)
     show(found.as_dict())
     if not found.within_tolerance:
         raise typer.Exit(1)

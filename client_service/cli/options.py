@@ -6,14 +6,15 @@ import json
 import os
 import warnings
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import torch
 import typer
-from peft import LoraConfig, PeftConfig, TaskType
+from peft import PeftConfig
 from transformers import AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
+from client_service.peft_defaults import default_config
 from shared.adapters.config import config_from_json
 from shared.bundled import model_dir
 from shared.errors import AdapterError, CheckpointError
@@ -31,6 +32,19 @@ AdapterOption = Annotated[
 ThreadsOption = Annotated[int, typer.Option(help="Torch threads of this process; 0: all cores.")]
 SeqLenOption = Annotated[int, typer.Option(help="Tokens of one block.", min=2)]
 BatchSizeOption = Annotated[int, typer.Option(help="Blocks of one batch.", min=1)]
+
+PeftOption = Annotated[
+    str, typer.Option(help="lora, dora, rslora, adalora, ia3, prefix, prompt or p-tuning.")
+]
+PeftConfigOption = Annotated[
+    Path | None, typer.Option(help="JSON of a PEFT configuration, instead of --peft.")
+]
+PeftPartsOption = Annotated[
+    Literal["all", "bottom", "trunk", "top", "ends"], typer.Option(help="What --peft adapts.")
+]
+QuantizeOption = Annotated[
+    str, typer.Option(help="Hold the ends' base weights in nf4 or int8; the trunk decides its own.")
+]
 
 DEFAULT_TRUNK = "localhost:50052"
 
@@ -62,25 +76,19 @@ def load_tokenizer(model: str) -> Any:
         raise CheckpointError(f"{model}: no tokenizer there ({first_line(error)})") from error
 
 
-def read_peft_config(method: str, file: Path | None, model: str, dropout: float) -> PeftConfig:
+def read_peft_config(
+    method: str, file: Path | None, model: str, dropout: float, steps: int
+) -> PeftConfig:
     """The configuration of ``--peft-config``, or a default one of the method ``--peft``.
 
     Raises:
         AdapterError: If the file is unreadable or the method unknown.
     """
-    if file is not None:
-        if not file.is_file():
-            raise AdapterError(f"{file}: no such file")
-        return config_from_json(file.read_text(encoding="utf-8"))
-    if method.lower() != "lora":
-        raise AdapterError(f"--peft {method}: accepted: lora, or any file with --peft-config")
-    return LoraConfig(
-        task_type=TaskType.CAUSAL_LM,
-        r=8,
-        lora_alpha=16,
-        lora_dropout=dropout,
-        target_modules=list(open_checkpoint(model).family.linear_layers),
-    )
+    if file is None:
+        return default_config(method, open_checkpoint(model).family, dropout, steps)
+    if not file.is_file():
+        raise AdapterError(f"{file}: no such file")
+    return config_from_json(file.read_text(encoding="utf-8"))
 
 
 def show(facts: dict[str, Any]) -> None:

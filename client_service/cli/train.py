@@ -11,12 +11,18 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from client_service.chat import ChatOptions
 from client_service.cli import app
+from client_service.cli.chat import talk
 from client_service.cli.options import (
     DEFAULT_TRUNK,
     AdapterOption,
     BatchSizeOption,
     ModelOption,
+    PeftConfigOption,
+    PeftOption,
+    PeftPartsOption,
+    QuantizeOption,
     SeedOption,
     SeqLenOption,
     ThreadsOption,
@@ -47,12 +53,14 @@ def train_command(
     steps: Annotated[int, typer.Option(help="Optimizer steps.", min=1)] = 100,
     batch_size: BatchSizeOption = 8,
     seq_len: SeqLenOption = 128,
-    lr: Annotated[float, typer.Option(help="AdamW's learning rate.")] = 1e-3,
+    lr: Annotated[float, typer.Option(help="Learning rate.")] = 1e-3,
     seed: SeedOption = 0,
-    peft: Annotated[str, typer.Option(help="PEFT method.")] = "lora",
-    peft_config: Annotated[
-        Path | None, typer.Option(help="JSON of a PEFT configuration, instead of --peft.")
-    ] = None,
+    optimizer: Annotated[
+        Literal["adamw", "sgd", "adafactor"], typer.Option(help="Of all parts, the trunk's too.")
+    ] = "adamw",
+    peft: PeftOption = "lora",
+    peft_config: PeftConfigOption = None,
+    peft_parts: PeftPartsOption = "all",
     trunk_peft: Annotated[
         Literal["same", "none"], typer.Option(help="Adapter of the trunk's blocks.")
     ] = "same",
@@ -67,29 +75,37 @@ def train_command(
         typer.Option(help="How the learning rate moves."),
     ] = "constant",
     warmup_steps: Annotated[int, typer.Option(help="Of the schedule.", min=0)] = 0,
+    chat: Annotated[
+        bool, typer.Option("--chat", help="Talk with the model when it is trained.")
+    ] = False,
+    quantize: QuantizeOption = "",
     threads: ThreadsOption = 0,
 ) -> None:
     """Fine-tune through the split; write metrics and ONE adapter of the whole model."""
     prepare(threads)
     model = model_or_bundled(model)
     texts = read_texts(data or private_train_file())
-    blocks = token_blocks(texts, load_tokenizer(model), seq_len)
+    tokenizer = load_tokenizer(model)
+    blocks = token_blocks(texts, tokenizer, seq_len)
     config = None
     if adapter is None:
-        config = read_peft_config(peft, peft_config, model, dropout)
+        config = read_peft_config(peft, peft_config, model, dropout, steps)
     split = SplitModelForCausalLM.from_pretrained(
         model,
         trunk,
         peft_config=config,
         trunk_peft_config="same" if trunk_peft == "same" else None,
+        peft_parts=peft_parts,
         adapter=adapter,
         seed=seed,
         dropout=dropout,
+        quantize=quantize,
     )
     plan = TrainingPlan(
         steps=steps,
         batch_size=batch_size,
         lr=lr,
+        optimizer=optimizer,
         grad_clip=grad_clip,
         grad_accum=grad_accum,
         schedule=lr_schedule,
@@ -99,8 +115,10 @@ def train_command(
     run = train(split, batches(blocks, batch_size, seed), plan)
     last = record(run, steps, out)
     split.save_pretrained(out / "adapter")
-    split.remote_trunk.close()
     show({"adapter": str(out / "adapter"), **last.as_dict()})
+    if chat:
+        talk(split, tokenizer, ChatOptions(seed=seed))
+    split.remote_trunk.close()
 
 
 def record(run: Iterator[StepMetrics], steps: int, out: Path) -> StepMetrics:

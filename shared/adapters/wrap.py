@@ -39,6 +39,22 @@ def wrap(
     Raises:
         AdapterError: If the configuration is refused here or by PEFT.
     """
+    config = fitted(config, model, place)
+    try:
+        with keyed_generator("adapter", seed, place), warnings.catch_warnings():
+            # A part has only some of the modules that the patterns of the whole model name.
+            warnings.filterwarnings("ignore", r"The following \w+_pattern keys", RuntimeWarning)
+            return wrapper(model, config)
+    except (ValueError, TypeError, KeyError, AttributeError, RuntimeError, re.error) as error:
+        raise AdapterError(f"PEFT cannot put this adapter on the {place}: {error}") from error
+
+
+def fitted(config: PeftConfig, model: nn.Module, place: str) -> PeftConfig:
+    """A copy of a configuration, for training around a certain model.
+
+    Raises:
+        AdapterError: If it is refused, or known to fail on such a model.
+    """
     check_config(config)
     config = copy.deepcopy(config)
     config.inference_mode = False
@@ -50,13 +66,7 @@ def wrap(
             f"use_dora on the {place}, whose weights are int8: DoRA fails there on a CPU in PEFT "
             f"itself; accepted are nf4 or unquantised weights"
         )
-    try:
-        with keyed_generator("adapter", seed, place), warnings.catch_warnings():
-            # A part has only some of the modules that the patterns of the whole model name.
-            warnings.filterwarnings("ignore", r"The following \w+_pattern keys", RuntimeWarning)
-            return wrapper(model, config)
-    except (ValueError, TypeError, KeyError, AttributeError, RuntimeError, re.error) as error:
-        raise AdapterError(f"PEFT cannot put this adapter on the {place}: {error}") from error
+    return config
 
 
 def check_modules_to_save(config: PeftConfig, model: nn.Module) -> None:

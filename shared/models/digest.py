@@ -68,9 +68,11 @@ def client_digest(checkpoint: Checkpoint, split: SplitRange) -> str | None:
     """The digest a client expects of its trunk; None where it cannot know.
 
     A client with the whole checkpoint computes it; one with a split layout reads it from the
-    metadata of its parts.
+    metadata of its parts, or from the configuration that was saved with trained ends.
     """
-    stated = {m.get("weight_digest") for m in checkpoint.metadata.values()} - {None}
+    stated = {m.get("weight_digest") for m in checkpoint.metadata.values()}
+    stated.add(getattr(checkpoint.config, "trunkline_weight_digest", None))
+    stated.discard(None)
     if checkpoint.layer_names(split):
         return weight_digest(checkpoint, split)
     return str(stated.pop()) if len(stated) == 1 else None

@@ -92,9 +92,6 @@ class Family:
     identity: tuple[str, ...] = ()
     """Modules applied right after the embeddings: skipped outside the bottom."""
     fix_layer: LayerFix = _keep
-    transposed_linear: bool = False
-    """Linear layers are transformers' ``Conv1D``, which PEFT wants to know (``fan_in_fan_out``)."""
-
     head_bias: bool = False
     stored_head: str = HEAD
     """What checkpoint files call the language-model head; ``lm_head`` is read as well."""
@@ -132,7 +129,6 @@ FAMILIES: dict[str, Family] = {
             zeroed=("wpe",),
             identity=("drop",),
             fix_layer=_rescale_gpt2_attention,
-            transposed_linear=True,
         ),
         Family(
             "gpt_neox",

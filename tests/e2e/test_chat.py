@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import pty
@@ -18,7 +19,10 @@ from peft import LoraConfig
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from client_service import SplitModelForCausalLM
+from client_service.chat import ChatOptions
+from client_service.chat import chat as talk
 from shared.bundled import model_dir
+from shared.errors import InvalidInputError
 from tests.conftest import Daemon
 
 pytestmark = pytest.mark.e2e
@@ -67,6 +71,39 @@ def test_piped_turns_give_the_whole_models_replies(bundled_trunk: Daemon) -> Non
     assert again[:half] == again[half:] and said.startswith(again[:half])
 
 
+TEMPLATE = (
+    "{% for m in messages %}{{ '<' + m.role + '> ' + m.content + '\\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<assistant>' }}{% endif %}"
+)
+
+
+def test_a_chat_template_says_how_turns_are_written() -> None:
+    tokenizer = AutoTokenizer.from_pretrained(model_dir())
+    tokenizer.chat_template = TEMPLATE
+    model = AutoModelForCausalLM.from_pretrained(model_dir(), dtype=torch.float32).train()
+    options = ChatOptions(system="Be kind.", max_new_tokens=12)
+    sink, notes = io.StringIO(), io.StringIO()
+    talk(model, tokenizer, options, io.StringIO("\n".join(ASKED)), sink, notes)
+    assert model.training
+    text, said = "<system> Be kind.\n", ""
+    for line in ASKED:
+        text += f"<user> {line}\n<assistant>"
+        inputs = tokenizer(text, return_tensors="pt")
+        output = model.eval().generate(**inputs, max_new_tokens=12, do_sample=False)
+        new = output[0, inputs["input_ids"].shape[1] :]
+        reply = tokenizer.decode(new, skip_special_tokens=True)
+        said += f"{reply}\n"
+        text = f"{text.removesuffix('<assistant>')}<assistant> {reply.strip()}\n"
+    assert sink.getvalue() == said
+    tokenizer.chat_template = TEMPLATE.replace(
+        "{% for",
+        "{% if messages[0].role == 'system' %}{{ raise_exception('no') }}{% endif %}{% for",
+    )
+    with pytest.raises(InvalidInputError, match="--system"):
+        talk(model, tokenizer, options, io.StringIO(), sink, notes)
+
+
+@pytest.mark.slow
 def test_an_adapter_and_a_seed_decide_what_is_said(bundled_trunk: Daemon, tmp_path: Path) -> None:
     config = LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=["c_attn", "c_proj", "c_fc"])
     split = SplitModelForCausalLM.from_pretrained(
@@ -90,6 +127,7 @@ def test_an_adapter_and_a_seed_decide_what_is_said(bundled_trunk: Daemon, tmp_pa
     assert one == repeated != other
 
 
+@pytest.mark.slow
 def test_a_long_conversation_loses_its_oldest_turns(bundled_trunk: Daemon) -> None:
     text = "The cat sat on the mat and looked at the dog for a while. " * 3 + "\n"
     said, notes = chat(text * 6 + "cat " * 400 + "\n", bundled_trunk, "--max-new-tokens", "40")
@@ -98,6 +136,7 @@ def test_a_long_conversation_loses_its_oldest_turns(bundled_trunk: Daemon) -> No
     assert said.strip() and "Traceback" not in notes
 
 
+@pytest.mark.slow
 def test_odd_input_ends_cleanly(bundled_trunk: Daemon) -> None:
     assert chat("", bundled_trunk)[0] == ""
     said, _ = chat(b"\xff\xfe caf\xe9\n", bundled_trunk, "--max-new-tokens", "4")
@@ -145,6 +184,7 @@ def read_until(terminal: int, wanted: bytes) -> bytes:
     return seen
 
 
+@pytest.mark.slow
 def test_a_terminal_is_prompted_and_ended_by_control_d(bundled_trunk: Daemon) -> None:
     with on_a_terminal(bundled_trunk, "--max-new-tokens", "4") as (_, terminal):
         os.write(terminal, b"Hello.\n")
@@ -152,6 +192,7 @@ def test_a_terminal_is_prompted_and_ended_by_control_d(bundled_trunk: Daemon) ->
         os.write(terminal, b"\x04")
 
 
+@pytest.mark.slow
 def test_control_c_ends_a_reply_and_the_conversation(bundled_trunk: Daemon) -> None:
     with on_a_terminal(bundled_trunk, "--max-new-tokens", "250") as (process, terminal):
         os.write(terminal, b"Once there was a little dog who\n")

@@ -97,7 +97,7 @@ def test_split_serves_and_info_says_so(trunkd: Callable[..., Daemon], tmp_path: 
         (["train", "--out", "x", "--data", "missing.txt"], "missing.txt"),
         (["train", "--out", "x", "--data", "empty.txt"], "is empty"),
         (["train", "--out", "x", "--data", "binary.txt"], "not text"),
-        (["train", "--out", "x", "--peft", "magic"], "accepted: lora"),
+        (["train", "--out", "x", "--peft", "magic"], "accepted: lora, dora"),
         (["train", "--out", "x", "--model", "./nowhere"], "no such model folder"),
         (["split", "--out", "x", "--split", "2:99"], "12 blocks"),
     ],

@@ -48,10 +48,18 @@ CONFIGS: dict[str, Callable[[], PeftConfig]] = {
     "head": lambda: lora(modules_to_save=["lm_head"]),
     "patterns": lambda: lora(layers_to_transform=[0, 7, 11], rank_pattern={"h.7.attn.c_attn": 2}),
     "adalora": lambda: AdaLoraConfig(
-        task_type="CAUSAL_LM", init_r=4, target_r=2, total_step=10, target_modules=TARGETS
+        task_type="CAUSAL_LM",
+        init_r=4,
+        target_r=2,
+        total_step=10,
+        target_modules=TARGETS,
+        fan_in_fan_out=True,
     ),
     "ia3": lambda: IA3Config(
-        task_type="CAUSAL_LM", target_modules=["c_attn"], feedforward_modules=[]
+        task_type="CAUSAL_LM",
+        target_modules=["c_attn"],
+        feedforward_modules=[],
+        fan_in_fan_out=True,
     ),
 }
 UNMERGEABLE: dict[str, Callable[[], PeftConfig]] = {
@@ -93,6 +101,7 @@ def save_adapter(folder: Path, config: PeftConfig) -> torch.Tensor:
     return with_export(folder)
 
 
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True` and a tied")
 @pytest.mark.parametrize("method", CONFIGS)
 def test_a_plain_adapter_is_exported_and_merged(method: str, tmp_path: Path) -> None:
     expected = save_adapter(tmp_path / "adapter", CONFIGS[method]())
