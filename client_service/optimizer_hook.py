@@ -30,6 +30,9 @@ from client_service.remote_trunk import RemoteTrunk
 from shared.errors import AdapterError, OptimizerError
 from shared.tensor_bytes import as_bytes
 
+# What the names of adapter parameters have in them.
+_ADAPTER = (".lora_", ".ia3_")
+
 _models: weakref.WeakKeyDictionary[nn.Module, RemoteTrunk] = weakref.WeakKeyDictionary()
 _saving: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()
 _stepped_by: weakref.WeakKeyDictionary[RemoteTrunk, weakref.ref[torch.optim.Optimizer]] = (
@@ -65,6 +68,8 @@ def _before_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> No
                 f"optimizer {settings.name} is not accepted by trunk "
                 f"{trunk.session.address}; accepted: {', '.join(accepted)}"
             )
+        if trunk.has_gradients:
+            _check_one_group(model, optimizer)
         if optimizer not in _saving:
             _check_saved(model, trunk)
             _saving.add(optimizer)
@@ -107,6 +112,17 @@ def _check_saved(model: nn.Module, trunk: RemoteTrunk) -> None:
             "this split model was wrapped by PEFT itself, which would save the ends' adapter and "
             "not the trunk's: give peft_config to SplitModelForCausalLM.from_pretrained() and none "
             "to the trainer, or leave the trunk frozen with trunk_peft_config=None"
+        )
+
+
+def _check_one_group(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Refuses settings that differ within the adapter (LoRA+): the trunk's is one group."""
+    adapter = {id(p) for n, p in model.named_parameters() if any(m in n for m in _ADAPTER)}
+    groups = [g for g in optimizer.param_groups if any(id(p) in adapter for p in g["params"])]
+    if any(describe(optimizer, g) != describe(optimizer, groups[0]) for g in groups[1:]):
+        raise OptimizerError(
+            f"{len(groups)} parameter groups of the adapter have different settings; the trunk "
+            f"steps its adapter as one: give all adapter parameters of a split model the same"
         )
 
 

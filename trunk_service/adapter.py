@@ -192,17 +192,21 @@ class TenantAdapter:
         """
         if not isinstance(self.model, PeftModel):
             raise AdapterError("the trunk is frozen in this session: it has no adapter")
-        restored = None
-        if state:
-            if spec is None:
-                raise AdapterError("an optimizer's state was given without the optimizer")
+        restored = self._optimizer
+        if state and spec is None:
+            raise AdapterError("an optimizer's state was given without the optimizer")
+        if spec is not None:
             restored = build_optimizer(spec, self.parameters)
             write_state(restored, self.names, state)
         if weights:
+            before = self.parameters
             load_adapter_weights(self.model, weights)
             self._penalty = None
-            self._list_trainable()  # AdaLoRA builds its matrices anew in the ranks of the file
-        self._optimizer = restored or (None if weights else self._optimizer)
+            self._list_trainable()
+            if any(a is not b for a, b in zip(before, self.parameters, strict=True)):
+                # AdaLoRA builds its matrices anew in the ranks of the file.
+                restored = None
+        self._optimizer = restored
 
     def importance(self, update: bool, report: bool) -> Weights:
         """AdaLoRA: takes the last step's gradients into the scores, and answers them.

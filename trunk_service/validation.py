@@ -37,7 +37,8 @@ def check_forward(
         raise TensorError(
             f"hidden_states hold {batch} x {tokens} tokens; this trunk accepts {max_tokens}"
         )
-    if total + virtual_tokens > info.max_positions:
+    # A packed row is longer than any of its texts; then the positions say what counts.
+    if request.position_ids is None and total + virtual_tokens > info.max_positions:
         raise TensorError(
             f"{total + virtual_tokens} tokens are too long: the model has {info.max_positions} "
             f"positions"
