@@ -217,6 +217,12 @@ def summary(compared: list[dict[str, Any]], machine: str) -> str:
     )
 
 
+def replaced(before: list[dict[str, Any]], cells: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The cells of an earlier run of everything, with those of this run in their places."""
+    new = {(c["family"], c["method"], c["parts"]): c for c in cells}
+    return [new.get((c["family"], c["method"], c["parts"]), c) for c in before]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--family", action="append", choices=list(FAMILIES), default=[])
@@ -237,6 +243,8 @@ def main() -> None:
     )
     results = arguments.out / "benchmarks" / "results" / "parity.json"
     results.parent.mkdir(parents=True, exist_ok=True)
+    if (arguments.family or arguments.method) and results.is_file():
+        cells = replaced(json.loads(results.read_text())["cells"], cells)
     results.write_text(json.dumps({"machine": machine, "cells": cells}, indent=1) + "\n")
     page = arguments.out / "docs" / "parity.md"
     page.parent.mkdir(parents=True, exist_ok=True)

@@ -25,7 +25,7 @@ from torch.optim.optimizer import (
     register_optimizer_step_pre_hook,
 )
 
-from client_service.optimizer_spec import describe
+from client_service.optimizer_spec import describe, name_of
 from client_service.remote_trunk import RemoteTrunk
 from shared.errors import AdapterError, OptimizerError
 from shared.tensor_bytes import as_bytes
@@ -61,13 +61,13 @@ def _before_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> No
         AdapterError: If what it trains on the trunk would not be saved.
     """
     for key, (model, trunk, group) in _keyed(optimizer):
-        settings = describe(optimizer, group)
         accepted = trunk.session.info.optimizers
-        if trunk.has_gradients and settings.name not in accepted:
+        if trunk.has_gradients and name_of(optimizer) not in accepted:
             raise OptimizerError(
-                f"optimizer {settings.name} is not accepted by trunk "
+                f"optimizer {name_of(optimizer)} is not accepted by trunk "
                 f"{trunk.session.address}; accepted: {', '.join(accepted)}"
             )
+        settings = describe(optimizer, group)
         if trunk.has_gradients:
             _check_one_group(model, optimizer)
         if optimizer not in _saving:

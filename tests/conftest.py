@@ -20,6 +20,8 @@ import torch
 
 torch.set_num_threads(2)
 
+MAX_ALIVE = 5
+
 
 def pytest_configure(config: pytest.Config) -> None:
     # PEFT asks transformers by an old name; theirs to mend.
@@ -60,19 +62,25 @@ def start_daemon(folder: Path, *flags: str) -> Daemon:
 
 @pytest.fixture(scope="session")
 def trunkd(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Daemon]]:
-    """Starts daemons by their flags, each once, and ends them with the tests."""
-    daemons: dict[tuple[str, ...], Daemon] = {}
+    """Starts daemons by their flags, a few alive at a time; ends them with the tests."""
+    alive: dict[tuple[str, ...], Daemon] = {}
+    started: list[Daemon] = []
 
     def start(*flags: str) -> Daemon:
-        if flags not in daemons:
-            daemons[flags] = start_daemon(tmp_path_factory.mktemp("trunkd"), *flags)
-        return daemons[flags]
+        # Most recently used last. No test uses as many at once; all of them would fill the memory.
+        daemon = alive.pop(flags, None) or start_daemon(tmp_path_factory.mktemp("trunkd"), *flags)
+        alive[flags] = daemon
+        if daemon not in started:
+            started.append(daemon)
+        if len(alive) > MAX_ALIVE:
+            alive.pop(next(iter(alive))).process.terminate()
+        return daemon
 
     yield start
-    for daemon in daemons.values():
+    for daemon in alive.values():
         daemon.process.terminate()
     # A test may have ended its daemon itself; none may have crashed.
-    assert [d.process.wait(timeout=60) for d in daemons.values()] == [0] * len(daemons)
+    assert [d.process.wait(timeout=60) for d in started] == [0] * len(started)
 
 
 @pytest.fixture

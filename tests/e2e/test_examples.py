@@ -51,7 +51,10 @@ def loss_with(adapter: Path | None) -> float:
     return float(model.eval()(input_ids=ids, labels=ids).loss)
 
 
-@pytest.mark.parametrize("name", ["own_loop.py", "hf_trainer.py", "trl_sft.py"])
+@pytest.mark.parametrize(
+    "name",
+    ["own_loop.py", "hf_trainer.py", pytest.param("trl_sft.py", marks=pytest.mark.slow)],
+)
 def test_an_example_writes_an_adapter_of_the_whole_model(
     name: str, trunkd: Callable[..., Daemon], tmp_path: Path
 ) -> None:

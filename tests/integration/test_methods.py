@@ -123,19 +123,33 @@ def test_a_method_on_all_parts(method: str, trunkd: Start, model_of: Folder) -> 
     check(model_of, trunkd, "gpt2", method)
 
 
-@pytest.mark.parametrize("parts", ["bottom", "trunk", "top", "ends"])
+@pytest.mark.parametrize(
+    "parts",
+    ["trunk", *(pytest.param(p, marks=pytest.mark.slow) for p in ("bottom", "top", "ends"))],
+)
 @pytest.mark.parametrize("method", ["lora", "adalora", "ia3"])
 def test_a_method_on_some_parts(method: str, parts: str, trunkd: Start, model_of: Folder) -> None:
     check(model_of, trunkd, "gpt2", method, parts)
 
 
-@pytest.mark.parametrize("method", ["adalora", "prefix", "p-tuning", "full"])
+@pytest.mark.parametrize(
+    "method",
+    [
+        pytest.param("adalora", marks=pytest.mark.slow),
+        "prefix",
+        pytest.param("p-tuning", marks=pytest.mark.slow),
+        "full",
+    ],
+)
 def test_a_method_with_rotary_positions(method: str, trunkd: Start, model_of: Folder) -> None:
     check(model_of, trunkd, "llama", method)
 
 
 @pytest.mark.parametrize("quantize", ["nf4", "int8"])
-@pytest.mark.parametrize(("family", "method"), [("gpt2", "lora"), ("llama", "adalora")])
+@pytest.mark.parametrize(
+    ("family", "method"),
+    [("gpt2", "lora"), pytest.param("llama", "adalora", marks=pytest.mark.slow)],
+)
 def test_quantised_base_weights(
     family: str, method: str, quantize: str, trunkd: Start, model_of: Folder
 ) -> None:
