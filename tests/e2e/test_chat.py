@@ -145,6 +145,7 @@ def test_odd_input_ends_cleanly(bundled_trunk: Daemon) -> None:
     assert said.strip()
 
 
+@pytest.mark.slow
 def test_training_opens_a_conversation_with_the_live_model(
     bundled_trunk: Daemon, tmp_path: Path
 ) -> None:

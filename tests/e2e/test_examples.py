@@ -53,7 +53,10 @@ def loss_with(adapter: Path | None) -> float:
 
 @pytest.mark.parametrize(
     "name",
-    ["own_loop.py", "hf_trainer.py", pytest.param("trl_sft.py", marks=pytest.mark.slow)],
+    [
+        "own_loop.py",
+        *(pytest.param(n, marks=pytest.mark.slow) for n in ("hf_trainer.py", "trl_sft.py")),
+    ],
 )
 def test_an_example_writes_an_adapter_of_the_whole_model(
     name: str, trunkd: Callable[..., Daemon], tmp_path: Path
