@@ -29,7 +29,7 @@ demo: $(READY) ## fine-tune the bundled model through a trunk, into runs/demo
 test: $(READY) ## run the tests that are not slow
 	$(BIN)/pytest -m "not slow"
 
-test-slow: $(READY) ## run the slow tests
+test-slow: $(READY) smollm2 ## run the slow tests
 	$(BIN)/pytest -m slow
 
 lint: $(READY) ## check style, import direction and docstrings
