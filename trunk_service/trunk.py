@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from peft import PeftConfig
 
-from shared.adapters import adalora
 from shared.adapters.config import config_from_json
 from shared.adapters.methods import method_of
 from shared.adapters.numbers import largest_rank
@@ -139,8 +138,6 @@ class Trunk:
         if config is None:
             return model
         wrapped = wrap(model, config, request.seed, "trunk")
-        if (tuner := adalora.tuner_of(wrapped)) is not None:
-            adalora.check_rank_pattern(tuner, config.rank_pattern or {})
         self._check_size(sum(p.numel() for p in wrapped.parameters() if p.requires_grad), limits)
         return wrapped
 

@@ -82,11 +82,7 @@ def keep(tuner: AdaLoraModel, pattern: dict[str, torch.Tensor], last: bool) -> N
     Raises:
         AdapterError: If a name or a length is not that of the adapter; nothing was changed.
     """
-    ranks = {
-        _saved(name): values.shape[0]
-        for name, values in tuner.model.named_parameters()
-        if f"lora_E.{_ADAPTER}" in name
-    }
+    ranks = _ranks(tuner)
     given = {name: tuple(kept.shape) for name, kept in pattern.items()}
     if given != {name: (rank,) for name, rank in ranks.items()}:
         raise AdapterError(
@@ -107,11 +103,7 @@ def check_rank_pattern(tuner: AdaLoraModel, pattern: RankPattern) -> None:
     Raises:
         AdapterError: Names a matrix.
     """
-    ranks = {
-        _saved(name): values.shape[0]
-        for name, values in tuner.model.named_parameters()
-        if f"lora_E.{_ADAPTER}" in name
-    }
+    ranks = _ranks(tuner)
     for name, kept in pattern.items():
         if ranks.get(_saved(name)) != len(kept):
             raise AdapterError(f"rank_pattern of {name} is not of a matrix of this adapter")
@@ -178,6 +170,15 @@ class _BothSides:
         """Takes the stand-ins' scores out of the allocator again."""
         for name in self._stand_ins:
             del allocator.exp_avg_ipt[name], allocator.exp_avg_unc[name]
+
+
+def _ranks(tuner: AdaLoraModel) -> dict[str, int]:
+    """Number of singular values by the saved name of each ``lora_E``."""
+    return {
+        _saved(name): values.shape[0]
+        for name, values in tuner.model.named_parameters()
+        if f"lora_E.{_ADAPTER}" in name
+    }
 
 
 def _saved(name: str) -> str:

@@ -11,6 +11,7 @@ from typing import Any
 from peft import PeftConfig, PeftModelForCausalLM
 from torch import nn
 
+from shared.adapters.adalora import check_rank_pattern, tuner_of
 from shared.adapters.config import check_config
 from shared.errors import AdapterError
 from shared.models.quantization import transposed
@@ -44,9 +45,13 @@ def wrap(
         with keyed_generator("adapter", seed, place), warnings.catch_warnings():
             # A part has only some of the modules that the patterns of the whole model name.
             warnings.filterwarnings("ignore", r"The following \w+_pattern keys", RuntimeWarning)
-            return wrapper(model, config)
+            wrapped = wrapper(model, config)
     except (ValueError, TypeError, KeyError, AttributeError, RuntimeError, re.error) as error:
         raise AdapterError(f"PEFT cannot put this adapter on the {place}: {error}") from error
+    if (tuner := tuner_of(wrapped)) is not None:
+        # PEFT looks at it when weights are loaded, and then stumbles over what it does not know.
+        check_rank_pattern(tuner, config.rank_pattern or {})
+    return wrapped
 
 
 def fitted(config: PeftConfig, model: nn.Module, place: str) -> PeftConfig:
