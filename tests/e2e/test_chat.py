@@ -60,6 +60,7 @@ def expected_replies(new_tokens: int) -> str:
     return said
 
 
+@pytest.mark.slow
 def test_piped_turns_give_the_whole_models_replies(bundled_trunk: Daemon) -> None:
     first, second = ASKED
     said, notes = chat(f"{first}\n\n{second}\n", bundled_trunk, "--max-new-tokens", "24")

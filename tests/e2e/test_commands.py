@@ -79,6 +79,7 @@ def test_verify_says_what_differs(trunkd: Callable[..., Daemon]) -> None:
     assert found["max_abs_grad_norm_diff"] <= 1e-4
 
 
+@pytest.mark.slow
 def test_split_serves_and_info_says_so(trunkd: Callable[..., Daemon], tmp_path: Path) -> None:
     done = trunkline("split", "--split", "3:9", "--out", str(tmp_path / "parts"))
     assert done.returncode == 0, done.stderr
@@ -94,11 +95,21 @@ def test_split_serves_and_info_says_so(trunkd: Callable[..., Daemon], tmp_path: 
     ("arguments", "said"),
     [
         (["train", "--out", "x", "--trunk", "127.0.0.1:1"], "127.0.0.1:1"),
-        (["train", "--out", "x", "--data", "missing.txt"], "missing.txt"),
-        (["train", "--out", "x", "--data", "empty.txt"], "is empty"),
-        (["train", "--out", "x", "--data", "binary.txt"], "not text"),
+        pytest.param(
+            ["train", "--out", "x", "--data", "missing.txt"], "missing.txt", marks=pytest.mark.slow
+        ),
+        pytest.param(
+            ["train", "--out", "x", "--data", "empty.txt"], "is empty", marks=pytest.mark.slow
+        ),
+        pytest.param(
+            ["train", "--out", "x", "--data", "binary.txt"], "not text", marks=pytest.mark.slow
+        ),
         (["train", "--out", "x", "--peft", "magic"], "accepted: lora, dora"),
-        (["train", "--out", "x", "--model", "./nowhere"], "no such model folder"),
+        pytest.param(
+            ["train", "--out", "x", "--model", "./nowhere"],
+            "no such model folder",
+            marks=pytest.mark.slow,
+        ),
         (["split", "--out", "x", "--split", "2:99"], "12 blocks"),
     ],
 )
@@ -115,8 +126,8 @@ def test_a_mistake_is_named(arguments: list[str], said: str, tmp_path: Path) -> 
     ("flags", "said"),
     [
         (["--split", "2:99"], "12 blocks"),
-        (["--model", "./nowhere"], "no such model folder"),
-        (["--listen", "127.0.0.1:99999"], "HOST:PORT"),
+        pytest.param(["--model", "./nowhere"], "no such model folder", marks=pytest.mark.slow),
+        pytest.param(["--listen", "127.0.0.1:99999"], "HOST:PORT", marks=pytest.mark.slow),
         (["--device", "abacus"], "abacus"),
     ],
 )

@@ -71,6 +71,7 @@ def test_an_example_writes_an_adapter_of_the_whole_model(
     assert loss_with(out / "adapter") < loss_with(None) - 0.05
 
 
+@pytest.mark.slow
 def test_the_example_by_hand_writes_an_adapter_of_every_part(
     trunkd: Callable[..., Daemon], tmp_path: Path
 ) -> None:

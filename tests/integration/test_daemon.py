@@ -106,11 +106,11 @@ def test_released_forwards_give_their_room_back(trunkd: Callable[..., Daemon]) -
     ("harm", "said"),
     [
         ("truncated", "model.safetensors"),
-        ("bert", "'bert' cannot be split; accepted: gpt2"),
-        ("no weights", "no weights"),
-        ("config is no JSON", "not readable as JSON"),
+        pytest.param("bert", "'bert' cannot be split; accepted: gpt2", marks=pytest.mark.slow),
+        pytest.param("no weights", "no weights", marks=pytest.mark.slow),
+        pytest.param("config is no JSON", "not readable as JSON", marks=pytest.mark.slow),
         ("too few blocks", "h.9."),
-        ("narrower blocks", "has shape"),
+        pytest.param("narrower blocks", "has shape", marks=pytest.mark.slow),
     ],
 )
 def test_a_model_it_cannot_serve_is_named(harm: str, said: str, tmp_path: Path) -> None:

@@ -118,7 +118,12 @@ def check(
     assert found.final_loss < found.first_loss - 0.001
 
 
-@pytest.mark.parametrize("method", methods("gpt2"))
+FAST = ("lora", "patterns", "dora", "adalora", "prefix", "p-tuning", "full")
+
+
+@pytest.mark.parametrize(
+    "method", [m if m in FAST else pytest.param(m, marks=pytest.mark.slow) for m in methods("gpt2")]
+)
 def test_a_method_on_all_parts(method: str, trunkd: Start, model_of: Folder) -> None:
     check(model_of, trunkd, "gpt2", method)
 

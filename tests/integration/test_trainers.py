@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,8 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:Found missing adapter keys:UserWarning"),
 ]
 
+slow = partial(pytest.param, marks=pytest.mark.slow)
+
 VOCAB = 1536  # of the bundled tokenizer
 
 STEPS, MIDDLE, CLIP = 6, 3, 0.05
@@ -48,15 +51,9 @@ SETTINGS: dict[str, Any] = {
     "warmup_steps": 2,
     "optim": "adamw_torch",
     "eval_strategy": "steps",
-    "eval_steps": MIDDLE,
-    "save_steps": MIDDLE,
-    "logging_steps": 1,
-    "report_to": [],
-    "per_device_eval_batch_size": 2,
-    "disable_tqdm": True,
-    "use_cpu": True,
-    "dataloader_pin_memory": False,
 }
+SETTINGS |= dict(eval_steps=MIDDLE, save_steps=MIDDLE, per_device_eval_batch_size=2)
+SETTINGS |= dict(logging_steps=1, report_to=[], disable_tqdm=True, use_cpu=True)
 
 
 def lora(family: str = "gpt2", **changes: Any) -> LoraConfig:
@@ -200,13 +197,15 @@ def prompts(texts: list[str]) -> dict[str, list[str]]:
     ("family", "fit", "settings"),
     [
         ("gpt2", with_trainer, {"optim": "adamw_torch"}),
-        ("llama", with_trainer, {"optim": "adamw_torch_fused", "activation_checkpointing": True}),
+        slow(
+            "llama", with_trainer, {"optim": "adamw_torch_fused", "activation_checkpointing": True}
+        ),
         ("gpt2", with_trainer, {"optim": "adafactor"}),
         ("gpt2", with_sft, {"activation_checkpointing": False}),
         ("gpt2", with_sft, {"columns": prompts, "optim": "adafactor"}),
         ("gpt2", with_sft, {"packing": True, "activation_checkpointing": True}),
-        ("llama", with_sft, {"packing": True, "activation_checkpointing": False}),
-        ("gpt2", with_sft, {"packing": True, "packing_strategy": "wrapped"}),
+        slow("llama", with_sft, {"packing": True, "activation_checkpointing": False}),
+        slow("gpt2", with_sft, {"packing": True, "packing_strategy": "wrapped"}),
     ],
 )
 def test_a_trainer_trains_and_resumes_as_on_the_whole_model(
