@@ -16,11 +16,14 @@
     │   ├── UnknownRequestError
     │   ├── ReusedRequestError
     │   └── StepConflictError
+    ├── AuthenticationError (PermissionError)   no certificate or token that is accepted
     ├── ModelMismatchError (RuntimeError)   client and trunk hold different models
     ├── ResourceExhaustedError (RuntimeError)   a budget is spent; try again later
     ├── TrunkUnavailableError (ConnectionError) no trunk there, or the connection broke
     │   ├── DrainingError
-    │   └── SessionExpiredError
+    │   ├── SessionExpiredError
+    │   ├── UnknownSessionError             no such session of this tenant
+    │   └── StaleSessionError               another connection has taken the session over
     └── TrunkInternalError (RuntimeError)   the trunk failed; its log has the details
 """
 
@@ -81,6 +84,10 @@ class StepConflictError(RequestStateError):
     """The step number is neither the committed one nor its successor."""
 
 
+class AuthenticationError(TrunklineError, PermissionError):
+    """No certificate or token, or one that is not accepted (any more)."""
+
+
 class ModelMismatchError(TrunklineError, RuntimeError):
     """The trunk serves another model, split or weights than the client holds."""
 
@@ -107,6 +114,14 @@ class DrainingError(TrunkUnavailableError):
 
 class SessionExpiredError(TrunkUnavailableError):
     """The session sat idle longer than its lease and was freed."""
+
+
+class UnknownSessionError(TrunkUnavailableError):
+    """The trunk has no such session of this tenant: never opened, freed, or somebody else's."""
+
+
+class StaleSessionError(TrunkUnavailableError):
+    """Another connection has taken the session over; this one may not change it any more."""
 
 
 class TrunkInternalError(TrunklineError, RuntimeError):

@@ -25,9 +25,20 @@ class Limits:
     session_held_bytes: int = 2 * GIB
     """Autograd state and caches of one session."""
     max_sessions: int = 256
+    tenant_held_bytes: int = 3 * GIB
+    """Autograd state and caches of all sessions of one tenant."""
+    tenant_max_sessions: int = 64
+    tenant_adapter_parameters: int = 200_000_000
+    """Trainable numbers of all adapters of one tenant."""
+    tenant_requests_in_flight: int = 64
+    """Of all sessions of one tenant."""
+    tenant_steps_per_minute: float = 6000.0
+    """Optimizer steps of all sessions of one tenant, in bursts of up to a minute's."""
     max_requests_in_flight: int = 32
     """Of one session; more wait on the wire."""
     held_lease_s: float = 600.0
     """How long state waits for its backward."""
     session_lease_s: float = 3600.0
     """How long a session may be silent."""
+    resume_window_s: float = 60.0
+    """How long a session whose connection broke waits for its client."""

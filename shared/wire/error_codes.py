@@ -17,6 +17,9 @@ _TABLE: dict[int, type[errors.TrunklineError]] = {
     pb.ERROR_CODE_RESOURCE_EXHAUSTED: errors.ResourceExhaustedError,
     pb.ERROR_CODE_DRAINING: errors.DrainingError,
     pb.ERROR_CODE_SESSION_EXPIRED: errors.SessionExpiredError,
+    pb.ERROR_CODE_UNAUTHENTICATED: errors.AuthenticationError,
+    pb.ERROR_CODE_UNKNOWN_SESSION: errors.UnknownSessionError,
+    pb.ERROR_CODE_STALE_SESSION: errors.StaleSessionError,
     pb.ERROR_CODE_INTERNAL: errors.TrunkInternalError,
 }
 

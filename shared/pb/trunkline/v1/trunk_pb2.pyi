@@ -3,7 +3,7 @@
 isort:skip_file
 The wire between a client (bottom, top, labels) and a trunk (the middle blocks).
 
-One bidirectional stream is one session. Every message carries an id that the answer repeats, so
+One bidirectional stream is one session, until it breaks: another can resume it for a while. Every message carries an id that the answer repeats, so
 requests may overlap. Tensors are announced in `tensors` and follow as raw little-endian bytes in
 `data`, back to back in the announced order; what does not fit into one message continues in
 messages of the same id that have `data` and nothing else. See docs/protocol.md.
@@ -87,6 +87,12 @@ class _ErrorCodeEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorCode.V
     """The session sat idle longer than its lease."""
     ERROR_CODE_INTERNAL: _ErrorCode.ValueType  # 12
     """An unexpected failure; details are in the trunk's log under the session and request id."""
+    ERROR_CODE_UNAUTHENTICATED: _ErrorCode.ValueType  # 13
+    """No certificate or token, or one that is not accepted any more."""
+    ERROR_CODE_UNKNOWN_SESSION: _ErrorCode.ValueType  # 14
+    """No session of this tenant has this id: never opened, freed, or another tenant's."""
+    ERROR_CODE_STALE_SESSION: _ErrorCode.ValueType  # 15
+    """Another connection has taken the session over (a higher epoch)."""
 
 class ErrorCode(_ErrorCode, metaclass=_ErrorCodeEnumTypeWrapper): ...
 
@@ -115,6 +121,12 @@ ERROR_CODE_SESSION_EXPIRED: ErrorCode.ValueType  # 11
 """The session sat idle longer than its lease."""
 ERROR_CODE_INTERNAL: ErrorCode.ValueType  # 12
 """An unexpected failure; details are in the trunk's log under the session and request id."""
+ERROR_CODE_UNAUTHENTICATED: ErrorCode.ValueType  # 13
+"""No certificate or token, or one that is not accepted any more."""
+ERROR_CODE_UNKNOWN_SESSION: ErrorCode.ValueType  # 14
+"""No session of this tenant has this id: never opened, freed, or another tenant's."""
+ERROR_CODE_STALE_SESSION: ErrorCode.ValueType  # 15
+"""Another connection has taken the session over (a higher epoch)."""
 Global___ErrorCode: _TypeAlias = ErrorCode  # noqa: Y015
 
 class _SnapshotPart:
@@ -288,9 +300,12 @@ class SessionRequest(_message.Message):
     IMPORTANCE_FIELD_NUMBER: _builtins.int
     ALLOCATE_FIELD_NUMBER: _builtins.int
     DATA_FIELD_NUMBER: _builtins.int
+    ACKNOWLEDGED_FIELD_NUMBER: _builtins.int
     id: _builtins.int
     """Grows by at least one with every new message of a session."""
     data: _builtins.bytes
+    acknowledged: _builtins.int
+    """Answers to all ids up to this one have arrived: the trunk need not keep them any more."""
     @_builtins.property
     def tensors(self) -> _containers.RepeatedCompositeFieldContainer[Global___TensorSpec]: ...
     @_builtins.property
@@ -335,10 +350,11 @@ class SessionRequest(_message.Message):
         importance: Global___Importance | None = ...,
         allocate: Global___Allocate | None = ...,
         data: _builtins.bytes = ...,
+        acknowledged: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["add_adapter", b"add_adapter", "allocate", b"allocate", "backward", b"backward", "body", b"body", "forward", b"forward", "importance", b"importance", "list_adapters", b"list_adapters", "open", b"open", "release", b"release", "remove_adapter", b"remove_adapter", "restore", b"restore", "snapshot", b"snapshot", "step", b"step"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["add_adapter", b"add_adapter", "allocate", b"allocate", "backward", b"backward", "body", b"body", "data", b"data", "forward", b"forward", "id", b"id", "importance", b"importance", "list_adapters", b"list_adapters", "open", b"open", "release", b"release", "remove_adapter", b"remove_adapter", "restore", b"restore", "snapshot", b"snapshot", "step", b"step", "tensors", b"tensors"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["acknowledged", b"acknowledged", "add_adapter", b"add_adapter", "allocate", b"allocate", "backward", b"backward", "body", b"body", "data", b"data", "forward", b"forward", "id", b"id", "importance", b"importance", "list_adapters", b"list_adapters", "open", b"open", "release", b"release", "remove_adapter", b"remove_adapter", "restore", b"restore", "snapshot", b"snapshot", "step", b"step", "tensors", b"tensors"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType_body: _TypeAlias = _typing.Literal["open", "forward", "backward", "step", "release", "snapshot", "restore", "add_adapter", "remove_adapter", "list_adapters", "importance", "allocate"]  # noqa: Y015
     _WhichOneofArgType_body: _TypeAlias = _typing.Literal["body", b"body"]  # noqa: Y015
@@ -462,6 +478,8 @@ class Open(_message.Message):
     SEED_FIELD_NUMBER: _builtins.int
     DROPOUT_FIELD_NUMBER: _builtins.int
     WIRE_DTYPE_FIELD_NUMBER: _builtins.int
+    RESUME_SESSION_ID_FIELD_NUMBER: _builtins.int
+    EPOCH_FIELD_NUMBER: _builtins.int
     weight_digest: _builtins.str
     start_layer: _builtins.int
     end_layer: _builtins.int
@@ -473,6 +491,12 @@ class Open(_message.Message):
     """Replaces the probability of the model's own dropout layers."""
     wire_dtype: Global___DataType.ValueType
     """The dtype of hidden states and gradients on the wire."""
+    resume_session_id: _builtins.str
+    """Goes on with a session whose connection broke, instead of a new one: the other fields are not
+    read. What was not answered is sent again under its old id; what was done is only answered.
+    """
+    epoch: _builtins.int
+    """One more than the session's: whoever still holds the old connection is shut out."""
     def __init__(
         self,
         *,
@@ -483,10 +507,12 @@ class Open(_message.Message):
         seed: _builtins.int = ...,
         dropout: _builtins.float | None = ...,
         wire_dtype: Global___DataType.ValueType = ...,
+        resume_session_id: _builtins.str = ...,
+        epoch: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_dropout", b"_dropout", "dropout", b"dropout"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_dropout", b"_dropout", "dropout", b"dropout", "end_layer", b"end_layer", "peft_config_json", b"peft_config_json", "seed", b"seed", "start_layer", b"start_layer", "weight_digest", b"weight_digest", "wire_dtype", b"wire_dtype"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_dropout", b"_dropout", "dropout", b"dropout", "end_layer", b"end_layer", "epoch", b"epoch", "peft_config_json", b"peft_config_json", "resume_session_id", b"resume_session_id", "seed", b"seed", "start_layer", b"start_layer", "weight_digest", b"weight_digest", "wire_dtype", b"wire_dtype"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__dropout: _TypeAlias = _typing.Literal["dropout"]  # noqa: Y015
     _WhichOneofArgType__dropout: _TypeAlias = _typing.Literal["_dropout", b"_dropout"]  # noqa: Y015
@@ -500,17 +526,24 @@ class OpenResult(_message.Message):
 
     SESSION_ID_FIELD_NUMBER: _builtins.int
     TRAINABLE_PARAMETERS_FIELD_NUMBER: _builtins.int
+    EPOCH_FIELD_NUMBER: _builtins.int
+    MAX_REQUESTS_IN_FLIGHT_FIELD_NUMBER: _builtins.int
     session_id: _builtins.str
     trainable_parameters: _builtins.int
+    epoch: _builtins.int
+    max_requests_in_flight: _builtins.int
+    """How many requests may be unanswered at once."""
     def __init__(
         self,
         *,
         session_id: _builtins.str = ...,
         trainable_parameters: _builtins.int = ...,
+        epoch: _builtins.int = ...,
+        max_requests_in_flight: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["session_id", b"session_id", "trainable_parameters", b"trainable_parameters"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["epoch", b"epoch", "max_requests_in_flight", b"max_requests_in_flight", "session_id", b"session_id", "trainable_parameters", b"trainable_parameters"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
