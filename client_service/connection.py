@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import itertools
 import logging
 import queue
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any
@@ -14,12 +13,18 @@ from typing import Any
 import grpc
 import torch
 
+from client_service.credentials import Credentials, tls_hint
 from shared.errors import (
+    AuthenticationError,
     DrainingError,
+    InvalidInputError,
+    ProtocolError,
     SessionExpiredError,
+    StaleSessionError,
     TrunklineError,
     TrunkUnavailableError,
 )
+from shared.loopback import is_loopback
 from shared.pb.trunkline.v1 import trunk_pb2 as pb
 from shared.wire.error_codes import to_exception
 from shared.wire.messages import Inbox, Incoming, to_frames
@@ -32,14 +37,21 @@ SERVICE = f"/{pb.DESCRIPTOR.services_by_name['TrunkService'].full_name}"
 _OPTIONS = [
     ("grpc.max_receive_message_length", MAX_FRAME_BYTES),
     ("grpc.max_send_message_length", MAX_FRAME_BYTES),
-    # The trunk tolerates pings every 10 s (see trunk_service.server).
-    ("grpc.keepalive_time_ms", 20_000),
-    ("grpc.keepalive_timeout_ms", 10_000),
+    # A silent trunk is noticed within 20 s; it tolerates pings every 5 s (trunk_service.server).
+    ("grpc.keepalive_time_ms", 10_000),
+    ("grpc.keepalive_timeout_ms", 8_000),
+    ("grpc.http2.ping_timeout_ms", 8_000),  # of the ping itself; by default a minute
     ("grpc.keepalive_permit_without_calls", 1),
+    ("grpc.http2.max_pings_without_data", 0),  # or a session that waits is pinged twice only
+    ("grpc.enable_channelz", 0),
     ("grpc.use_local_subchannel_pool", 1),
 ]
 
+CONNECT_TIMEOUT_S = 5.0
+
 Answer = Incoming[pb.SessionResponse]
+
+_LAST_ID = (1 << 63) - 1
 
 
 @dataclass
@@ -50,9 +62,28 @@ class Traffic:
     bytes_received: int = 0
 
 
-def open_channel(address: str) -> grpc.Channel:
-    """Opens an unencrypted channel; nothing is sent before the first call."""
-    return grpc.insecure_channel(address, options=_OPTIONS)
+def open_channel(address: str, credentials: Credentials | None = None) -> grpc.Channel:
+    """Opens a channel; nothing is sent before the first call.
+
+    Args:
+        address: HOST:PORT of the trunk.
+        credentials: What to show it, inside TLS; None takes the environment's, and without any the
+            channel is plain.
+
+    Raises:
+        InvalidInputError: If a file of the credentials is unusable, or there are none and the
+            address is not on this machine.
+    """
+    credentials = credentials or Credentials.from_environment()
+    if credentials is not None:
+        return grpc.secure_channel(address, credentials.for_channel(), options=_OPTIONS)
+    if not is_loopback(address):
+        raise InvalidInputError(
+            f"trunk {address} is on another host, which is reached with TLS only: give the folder "
+            "that `trunkline certs` made for this client, as --tls DIR or in TRUNKLINE_TLS"
+        )
+    # A proxy would carry what is plain away from this machine.
+    return grpc.insecure_channel(address, options=[*_OPTIONS, ("grpc.enable_http_proxy", 0)])
 
 
 def get_info(channel: grpc.Channel, address: str, timeout_s: float) -> pb.GetInfoResponse:
@@ -60,6 +91,7 @@ def get_info(channel: grpc.Channel, address: str, timeout_s: float) -> pb.GetInf
 
     Raises:
         TrunkUnavailableError: If it does not answer in time; names the address and the cause.
+        AuthenticationError: If it does not accept the certificate or the token.
     """
     call = channel.unary_unary(
         f"{SERVICE}/GetInfo",
@@ -69,7 +101,10 @@ def get_info(channel: grpc.Channel, address: str, timeout_s: float) -> pb.GetInf
     try:
         info: pb.GetInfoResponse = call(pb.GetInfoRequest(), timeout=timeout_s)
     except grpc.RpcError as error:
-        raise _unavailable(address, error) from error
+        failure = _unavailable(address, error)
+        if type(failure) is TrunkUnavailableError and (hint := tls_hint(str(error.details()))):
+            failure = TrunkUnavailableError(f"{failure}{hint}")
+        raise failure from error
     return info
 
 
@@ -77,16 +112,21 @@ class SessionConnection:
     """A stream that many threads may send on.
 
     Args:
-        channel: Where the trunk is.
+        channel: Where the trunk is; closed with the connection.
         address: For messages.
-        request_timeout_s: How long an answer may take.
+        traffic: Counts bytes.
+        on_end: Called once when the stream is over, with the reason.
     """
 
-    def __init__(self, channel: grpc.Channel, address: str, request_timeout_s: float) -> None:
-        self.traffic = Traffic()
-        self._address = address
-        self._timeout_s = request_timeout_s
-        self._ids = itertools.count(1)
+    def __init__(
+        self,
+        channel: grpc.Channel,
+        address: str,
+        traffic: Traffic,
+        on_end: Callable[[SessionConnection, TrunklineError], None],
+    ) -> None:
+        self._channel, self._address, self._traffic = channel, address, traffic
+        self._on_end = on_end
         self._waiting: dict[int, Future[Answer]] = {}
         self._failure: TrunklineError | None = None
         self._lock = threading.Lock()
@@ -97,26 +137,25 @@ class SessionConnection:
         self._reader.start()
 
     def send(
-        self, request: pb.SessionRequest, tensors: Mapping[str, torch.Tensor] | None = None
+        self, request: pb.SessionRequest, tensors: Mapping[str, torch.Tensor]
     ) -> Future[Answer]:
-        """Sends a request; its answer arrives in the future, or the error that it was.
-
-        Raises:
-            TrunkUnavailableError: If the stream is broken already.
-        """
+        """Sends a request; its answer arrives in the future, or the error that it was."""
         future: Future[Answer] = Future()
+        message = pb.SessionRequest()
+        message.CopyFrom(request)  # announcing the tensors changes it
         with self._lock:
-            if self._failure is not None:
-                raise self._failure
-            request.id = next(self._ids)
-            self._waiting[request.id] = future
-            for frame in to_frames(request, tensors or {}):
-                self.traffic.bytes_sent += len(frame)
-                self._outgoing.put(frame)
+            failure = self._failure
+            if failure is None:
+                self._waiting[message.id] = future
+                for frame in to_frames(message, tensors):
+                    self._traffic.bytes_sent += len(frame)
+                    self._outgoing.put(frame)
+        if failure is not None:
+            future.set_exception(failure)
         return future
 
     def ask(
-        self, request: pb.SessionRequest, tensors: Mapping[str, torch.Tensor] | None = None
+        self, request: pb.SessionRequest, tensors: Mapping[str, torch.Tensor], timeout_s: float
     ) -> Answer:
         """Sends a request and waits for its answer.
 
@@ -124,26 +163,28 @@ class SessionConnection:
             TrunklineError: What the trunk answered, if it refused.
             TrunkUnavailableError: If the stream broke or no answer came in time.
         """
-        return self.wait(self.send(request, tensors))
-
-    def wait(self, future: Future[Answer]) -> Answer:
-        """Waits for the answer of a request that was sent.
-
-        Raises:
-            TrunklineError: As :meth:`ask`.
-        """
         try:
-            return future.result(self._timeout_s)
+            return self.send(request, tensors).result(timeout_s)
         except TimeoutError as error:
             raise TrunkUnavailableError(
-                f"trunk {self._address} gave no answer within {self._timeout_s:g} s"
+                f"trunk {self._address} gave no answer within {timeout_s:g} s"
             ) from error
 
     def close(self) -> None:
-        """Ends the stream; the trunk frees the session."""
+        """Ends the stream and the session with it."""
+        closing = pb.SessionRequest(id=_LAST_ID, close=pb.Close())
+        self._outgoing.put(closing.SerializeToString())
         self._outgoing.put(None)
         self._reader.join(timeout=5.0)
+        self.abandon()
+
+    def abandon(self) -> None:
+        """Breaks the stream off; the trunk keeps the session for a while."""
         self._call.cancel()
+        if self._reader is not threading.current_thread():
+            self._reader.join(timeout=5.0)
+        self._outgoing.put(None)
+        self._channel.close()
 
     def _read(self) -> None:
         inbox = Inbox(pb.SessionResponse, lambda _: 1 << 62, max_open_bytes=1 << 62)
@@ -159,11 +200,16 @@ class SessionConnection:
             logger.exception("reading answers failed")
             failure = TrunkUnavailableError(f"trunk {self._address}: {error}")
             self._call.cancel()
-        self._fail_all(failure)
+        with self._lock:
+            self._failure = failure
+            waiting, self._waiting = self._waiting, {}
+        for future in waiting.values():
+            future.set_exception(failure)
+        self._on_end(self, failure)
 
     def _frames(self) -> Iterator[bytes]:
         for raw in self._call:
-            self.traffic.bytes_received += len(raw)
+            self._traffic.bytes_received += len(raw)
             yield raw
 
     def _deliver(self, incoming: Answer) -> None:
@@ -179,18 +225,15 @@ class SessionConnection:
         else:
             future.set_result(incoming)
 
-    def _fail_all(self, failure: TrunklineError) -> None:
-        with self._lock:
-            self._failure = failure
-            waiting, self._waiting = self._waiting, {}
-        for future in waiting.values():
-            future.set_exception(failure)
 
-
-def _unavailable(address: str, error: grpc.RpcError) -> TrunkUnavailableError:
+def _unavailable(address: str, error: grpc.RpcError) -> TrunklineError:
+    """The error that a call's status stands for."""
     details = str(error.details()) or error.code().name
-    kind = {
+    kind: type[TrunklineError] = {
         grpc.StatusCode.ABORTED: SessionExpiredError,
+        grpc.StatusCode.FAILED_PRECONDITION: StaleSessionError,
+        grpc.StatusCode.INVALID_ARGUMENT: ProtocolError,
+        grpc.StatusCode.UNAUTHENTICATED: AuthenticationError,
     }.get(error.code(), TrunkUnavailableError)
     if "shutting down" in details:
         kind = DrainingError

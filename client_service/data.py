@@ -69,14 +69,27 @@ def token_blocks(texts: list[str], tokenizer: Any, seq_len: int) -> torch.Tensor
     return torch.tensor(ids[: count * seq_len]).view(count, seq_len)
 
 
-def batches(blocks_NT: torch.Tensor, batch_size: int, seed: int) -> Iterator[torch.Tensor]:
-    """Yields batches [B, T] without end; every pass over the blocks in a new seeded order."""
+def batches(
+    blocks_NT: torch.Tensor, batch_size: int, seed: int, start: int = 0
+) -> Iterator[torch.Tensor]:
+    """Yields batches [B, T] without end; every pass over the blocks in a new seeded order.
+
+    Args:
+        blocks_NT: Token ids.
+        batch_size: Blocks of a batch; at most all of them.
+        seed: Fixes the order.
+        start: Batches to leave out, as taken before.
+    """
     generator = torch.Generator().manual_seed(seed)
     batch_size = min(batch_size, len(blocks_NT))
+    passes, taken = divmod(start, len(blocks_NT) // batch_size)
+    for _ in range(passes):
+        torch.randperm(len(blocks_NT), generator=generator)
     while True:
         order = torch.randperm(len(blocks_NT), generator=generator)
-        for start in range(0, len(order) - batch_size + 1, batch_size):
-            yield blocks_NT[order[start : start + batch_size]]
+        for first in range(taken * batch_size, len(order) - batch_size + 1, batch_size):
+            yield blocks_NT[order[first : first + batch_size]]
+        taken = 0
 
 
 def _decode(path: Path) -> str:

@@ -10,7 +10,7 @@ import torch
 from transformers.cache_utils import CacheLayerMixin
 
 from client_service.remote_trunk import RemoteTrunk
-from client_service.session import CacheEdit
+from client_service.calls import CacheEdit
 
 
 class RemoteCacheLayer(CacheLayerMixin):  # type: ignore[misc]

@@ -22,7 +22,8 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from client_service.optimizer_spec import OptimizerSettings
-from client_service.session import CacheEdit, ForwardCall, Tensors, TrunkSession
+from client_service.calls import CacheEdit, ForwardCall
+from client_service.session import Tensors, TrunkSession
 from shared.errors import TrunkUnavailableError
 
 

@@ -5,92 +5,42 @@ Dimension letters: B batch, T tokens, S tokens with those in the cache, D model 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-
 import torch
 
-from client_service.connection import SessionConnection, Traffic, get_info, open_channel
+from client_service.calls import (
+    AdapterEntry,
+    CacheEdit,
+    ForwardCall,
+    ForwardReply,
+    SessionTerms,
+)
+from client_service.connection import Traffic
+from client_service.credentials import Credentials
+from client_service.journal import Entry
+from client_service.link import SessionLink
 from client_service.optimizer_spec import OptimizerSettings
-from shared.errors import ModelMismatchError
+from shared.errors import InvalidInputError, ModelMismatchError
+from shared.failpoints import reach
 from shared.pb.trunkline.v1 import trunk_pb2 as pb
 from shared.wire.dtypes import to_wire
 
 Tensors = dict[str, torch.Tensor]
 
-CONNECT_TIMEOUT_S = 5.0
 REQUEST_TIMEOUT_S = 600.0
-
-
-@dataclass(frozen=True)
-class SessionTerms:
-    """What a client expects of a trunk and asks of it."""
-
-    split: tuple[int, int] | None = None
-    """First block of the trunk and first block above; None takes what the trunk serves."""
-    weight_digest: str | None = None
-    """None where the client cannot know it: then it is not checked."""
-    peft_config_json: str = ""
-    """Empty for a frozen trunk."""
-    seed: int = 0
-    dropout: float | None = None
-    wire_dtype: torch.dtype = torch.float32
-
-
-@dataclass(frozen=True)
-class CacheEdit:
-    """A change of the trunk's cache before a forward; exactly one is set."""
-
-    reorder: list[int] | None = None
-    remove_tokens: int | None = None
-    repeats: int | None = None
-    reset: bool = False
-
-
-@dataclass(frozen=True)
-class ForwardCall:
-    """What goes with hidden states; see ``Forward`` in the protocol."""
-
-    attention_mask: torch.Tensor | None = None
-    position_ids: torch.Tensor | None = None
-    request_id: str = ""
-    keep_graph: bool = False
-    training: bool = False
-    step: int = 0
-    micro: int = 0
-    cache_id: str = ""
-    cache_edits: list[CacheEdit] = field(default_factory=list)
-    adapter: str = ""
-    """Empty is the session's own, of its terms."""
-    without_adapter: bool = False
-
-
-@dataclass(frozen=True)
-class ForwardReply:
-    """What the trunk gave: hidden states [B, T, D], and AdaLoRA's orthogonality term."""
-
-    hidden_BTD: torch.Tensor
-    penalty: float = 0.0
-    penalty_terms: int = 0
-    """Matrices that ``penalty`` is the sum over; 0 for another method."""
-
-
-@dataclass(frozen=True)
-class AdapterEntry:
-    """One adapter of the session on the trunk."""
-
-    name: str
-    peft_config_json: str
-    trainable_parameters: int
-    committed_step: int
+RECONNECT_TIMEOUT_S = 60.0
+JOURNAL_BYTES = 64 * 1024**2
+"""Requests are kept up to this many bytes before a snapshot takes their place."""
 
 
 class TrunkSession:
-    """A tenant's session.
+    """A tenant's session; it outlives broken connections and lost trunks (see ``link``).
 
     Args:
-        address: ``host:port`` of the trunk.
+        address: ``host:port`` of the trunk; of several with commas between, the first that answers.
         terms: What is expected and asked.
         request_timeout_s: How long an answer may take.
+        reconnect_timeout_s: How long to look for a trunk when one is lost; 0 gives up at once.
+        credentials: What to show the trunk; None takes the environment's.
 
     Raises:
         TrunkUnavailableError: If no trunk answers within a few seconds.
@@ -103,25 +53,44 @@ class TrunkSession:
         address: str,
         terms: SessionTerms,
         request_timeout_s: float = REQUEST_TIMEOUT_S,
+        reconnect_timeout_s: float = RECONNECT_TIMEOUT_S,
+        credentials: Credentials | None = None,
     ) -> None:
-        self.address = address
         self.terms = terms
-        self._channel = open_channel(address)
-        try:
-            self.info = get_info(self._channel, address, CONNECT_TIMEOUT_S)
-            self._check(terms)
-            self._connection = SessionConnection(self._channel, address, request_timeout_s)
-            opened = self._connection.ask(pb.SessionRequest(open=self._open_message(terms)))
-        except BaseException:
-            self._channel.close()
-            raise
-        self.session_id = opened.message.open.session_id
-        self.trainable_parameters = opened.message.open.trainable_parameters
+        self._link = SessionLink(
+            split_addresses(address),
+            self._open_message,
+            self._check,
+            request_timeout_s,
+            reconnect_timeout_s,
+            credentials,
+        )
+        self.trainable_parameters = self._link.opened.trainable_parameters
+
+    @property
+    def address(self) -> str:
+        """``host:port`` of the trunk that has the session now."""
+        return self._link.address
+
+    @property
+    def info(self) -> pb.GetInfoResponse:
+        """What that trunk serves and accepts."""
+        return self._link.info
+
+    @property
+    def session_id(self) -> str:
+        """Its id on that trunk."""
+        return self._link.opened.session_id
+
+    @property
+    def recoveries(self) -> int:
+        """How often the connection or the trunk was lost and found again."""
+        return self._link.recoveries
 
     @property
     def traffic(self) -> Traffic:
         """Bytes sent and received so far."""
-        return self._connection.traffic
+        return self._link.traffic
 
     def forward(self, hidden_BTD: torch.Tensor, call: ForwardCall) -> ForwardReply:
         """Carries hidden states [B, T, D] through the trunk.
@@ -129,6 +98,9 @@ class TrunkSession:
         Raises:
             TrunklineError: What the trunk answered, if it refused.
         """
+        if call.keep_graph and self._link.journal.quiet:
+            self._shorten_journal()
+        reach("client.forward.before")
         tensors = {"hidden_states": hidden_BTD.to(self.terms.wire_dtype)}
         if call.attention_mask is not None:
             tensors["attention_mask"] = _compact(call.attention_mask)
@@ -145,7 +117,8 @@ class TrunkSession:
             adapter=call.adapter,
             without_adapter=call.without_adapter,
         )
-        answer = self._connection.ask(pb.SessionRequest(forward=body), tensors)
+        answer = self._link.ask(pb.SessionRequest(forward=body), tensors)
+        reach("client.forward.after")
         output_BTD = answer.tensors["hidden_states"].to(hidden_BTD.device, hidden_BTD.dtype)
         result = answer.message.forward
         return ForwardReply(output_BTD, result.penalty, result.penalty_terms)
@@ -167,6 +140,7 @@ class TrunkSession:
         Raises:
             TrunklineError: What the trunk answered, if it refused.
         """
+        reach("client.backward.before")
         body = pb.Backward(
             request_id=request_id,
             need_input_gradient=need_input_gradient,
@@ -174,7 +148,8 @@ class TrunkSession:
             penalty_gradient=penalty_gradient,
         )
         tensors = {"gradient": gradient_BTD.to(self.terms.wire_dtype)}
-        answer = self._connection.ask(pb.SessionRequest(backward=body), tensors)
+        answer = self._link.ask(pb.SessionRequest(backward=body), tensors)
+        reach("client.backward.after")
         found = answer.tensors.get("gradient")
         if found is not None:
             found = found.to(gradient_BTD.device, gradient_BTD.dtype)
@@ -194,12 +169,12 @@ class TrunkSession:
             optimizer=_optimizer(optimizer),
             adapter=adapter,
         )
-        return self._connection.ask(pb.SessionRequest(step=body)).message.step.gradient_norm
+        return self._link.ask(pb.SessionRequest(step=body)).message.step.gradient_norm
 
     def release(self, request_ids: list[str], cache_ids: list[str]) -> None:
         """Frees state on the trunk, without waiting for the answer."""
         body = pb.Release(request_ids=request_ids, cache_ids=cache_ids)
-        self._connection.send(pb.SessionRequest(release=body))
+        self._link.send(pb.SessionRequest(release=body))
 
     def adapter(self, name: str = "") -> Tensors:
         """Fetches an adapter's weights, by PEFT's names."""
@@ -229,7 +204,7 @@ class TrunkSession:
         """
         body = pb.Restore(adapter=name, weight_digest=weight_digest, committed_step=step)
         tensors = {f"adapter/{n}": tensor for n, tensor in weights.items()}
-        self._connection.ask(pb.SessionRequest(restore=body), tensors)
+        self._link.ask(pb.SessionRequest(restore=body), tensors)
 
     def restore_optimizer(
         self, state: Tensors, optimizer: OptimizerSettings, step: int, name: str = ""
@@ -241,7 +216,7 @@ class TrunkSession:
         """
         body = pb.Restore(adapter=name, committed_step=step, optimizer=_optimizer(optimizer))
         tensors = {f"optimizer/{n}": tensor for n, tensor in state.items()}
-        self._connection.ask(pb.SessionRequest(restore=body), tensors)
+        self._link.ask(pb.SessionRequest(restore=body), tensors)
 
     def add_adapter(self, name: str, peft_config_json: str, seed: int) -> int:
         """Adds a fresh adapter to this session; returns its number of trainable numbers.
@@ -250,7 +225,7 @@ class TrunkSession:
             AdapterError: If the name is taken or the adapter refused.
         """
         body = pb.AddAdapter(adapter=name, peft_config_json=peft_config_json, seed=seed)
-        answer = self._connection.ask(pb.SessionRequest(add_adapter=body))
+        answer = self._link.ask(pb.SessionRequest(add_adapter=body))
         return answer.message.add_adapter.trainable_parameters
 
     def remove_adapter(self, name: str) -> None:
@@ -259,11 +234,11 @@ class TrunkSession:
         Raises:
             AdapterError: If there is none of this name.
         """
-        self._connection.ask(pb.SessionRequest(remove_adapter=pb.RemoveAdapter(adapter=name)))
+        self._link.ask(pb.SessionRequest(remove_adapter=pb.RemoveAdapter(adapter=name)))
 
     def adapters(self) -> list[AdapterEntry]:
         """The adapters that this session has on the trunk."""
-        answer = self._connection.ask(pb.SessionRequest(list_adapters=pb.ListAdapters()))
+        answer = self._link.ask(pb.SessionRequest(list_adapters=pb.ListAdapters()))
         return [
             AdapterEntry(a.adapter, a.peft_config_json, a.trainable_parameters, a.committed_step)
             for a in answer.message.list_adapters.adapters
@@ -272,53 +247,85 @@ class TrunkSession:
     def adapter_config_json(self, name: str = "") -> str:
         """An adapter's configuration as PEFT resolved it; empty for a frozen trunk."""
         message = pb.SessionRequest(snapshot=pb.Snapshot(adapter=name))
-        return self._connection.ask(message).message.snapshot.peft_config_json
+        return self._link.ask(message).message.snapshot.peft_config_json
 
     def importance(self, name: str, update: bool, report: bool) -> Tensors:
         """AdaLoRA: the scores [R, 3] of the trunk's singular values, by the name of ``lora_E``."""
         body = pb.Importance(adapter=name, update=update, report=report)
-        answer = self._connection.ask(pb.SessionRequest(importance=body))
+        answer = self._link.ask(pb.SessionRequest(importance=body))
         return _without("importance/", answer.tensors)
 
     def allocate(self, name: str, kept: Tensors, last: bool) -> None:
         """AdaLoRA: zeroes the trunk's singular values that are not kept, booleans [R] by name."""
         tensors = {f"keep/{n}": mask for n, mask in kept.items()}
         body = pb.Allocate(adapter=name, last=last)
-        self._connection.ask(pb.SessionRequest(allocate=body), tensors)
+        self._link.ask(pb.SessionRequest(allocate=body), tensors)
 
     def close(self) -> None:
         """Ends the session; the trunk frees what it held."""
-        self._connection.close()
-        self._channel.close()
+        self._link.close()
 
     def _snapshot(self, name: str, part: pb.SnapshotPart.ValueType, prefix: str) -> Tensors:
         message = pb.SessionRequest(snapshot=pb.Snapshot(adapter=name, parts=[part]))
-        return _without(prefix, self._connection.ask(message).tensors)
+        return _without(prefix, self._link.ask(message).tensors)
 
-    def _check(self, terms: SessionTerms) -> None:
-        served = self.info.start_layer, self.info.end_layer
+    def _shorten_journal(self) -> None:
+        """Lets a snapshot take the place of many requests, between two steps."""
+        journal = self._link.journal
+        if journal.nbytes <= JOURNAL_BYTES:
+            return
+        names = ["", *journal.added] if self.trainable_parameters else list(journal.added)
+        base = [Entry(message, {}) for message in journal.added.values()]
+        for name in names:
+            parts = [pb.SNAPSHOT_PART_ADAPTER, pb.SNAPSHOT_PART_OPTIMIZER]
+            message = pb.SessionRequest(snapshot=pb.Snapshot(adapter=name, parts=parts))
+            answer = self._link.ask(message)
+            step = answer.message.snapshot.committed_step
+            for prefix, optimizer in ("adapter/", None), ("optimizer/", journal.optimizers.get(name)):
+                tensors = {n: t for n, t in answer.tensors.items() if n.startswith(prefix)}
+                body = pb.Restore(adapter=name, committed_step=step, optimizer=optimizer)
+                if tensors:
+                    base.append(Entry(pb.SessionRequest(restore=body), tensors))
+        journal.start_from(base)
+
+    def _check(self, address: str, info: pb.GetInfoResponse) -> None:
+        terms = self.terms
+        served = info.start_layer, info.end_layer
         if terms.split is not None and terms.split != served:
             raise ModelMismatchError(
-                f"this client is split {terms.split[0]}:{terms.split[1]}, trunk {self.address} "
-                f"serves {served[0]}:{served[1]} of a {self.info.model_type}"
+                f"this client is split {terms.split[0]}:{terms.split[1]}, trunk {address} "
+                f"serves {served[0]}:{served[1]} of a {info.model_type}"
             )
-        if terms.weight_digest and terms.weight_digest != self.info.weight_digest:
+        if terms.weight_digest and terms.weight_digest != info.weight_digest:
             raise ModelMismatchError(
-                f"trunk {self.address} serves other weights: digest "
-                f"{self.info.weight_digest[:16]}…, this client's model has "
+                f"trunk {address} serves other weights: digest "
+                f"{info.weight_digest[:16]}…, this client's model has "
                 f"{terms.weight_digest[:16]}…"
             )
 
-    def _open_message(self, terms: SessionTerms) -> pb.Open:
+    def _open_message(self, info: pb.GetInfoResponse) -> pb.Open:
+        terms = self.terms
         return pb.Open(
             weight_digest=terms.weight_digest or "",
-            start_layer=self.info.start_layer,
-            end_layer=self.info.end_layer,
+            start_layer=info.start_layer,
+            end_layer=info.end_layer,
             peft_config_json=terms.peft_config_json,
             seed=terms.seed,
             dropout=terms.dropout,
             wire_dtype=to_wire(terms.wire_dtype),
         )
+
+
+def split_addresses(trunk: str) -> list[str]:
+    """The trunks named in ``a:1,b:2``.
+
+    Raises:
+        InvalidInputError: If none is.
+    """
+    addresses = [part.strip() for part in trunk.split(",") if part.strip()]
+    if not addresses:
+        raise InvalidInputError(f"{trunk!r} names no trunk: HOST:PORT[,HOST:PORT…] is accepted")
+    return addresses
 
 
 def _without(prefix: str, tensors: Tensors) -> Tensors:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
@@ -12,7 +13,9 @@ from peft import PeftConfig
 from client_service.connection import get_info, open_channel
 from client_service.hole import with_hole
 from client_service.remote_trunk import RemoteTrunk
-from client_service.session import CONNECT_TIMEOUT_S, SessionTerms, TrunkSession
+from client_service.calls import SessionTerms
+from client_service.connection import CONNECT_TIMEOUT_S
+from client_service.session import RECONNECT_TIMEOUT_S, TrunkSession, split_addresses
 from client_service.split_ends import TRUNK_ADAPTER, check_ends, train_ends
 from client_service.split_peft import LoadedAdapter, SplitPeftModelForCausalLM, read_loaded
 from shared.adapters.config import config_to_json
@@ -20,7 +23,7 @@ from shared.adapters.joining import SplitShape
 from shared.adapters.plan import AdapterPlan, plan_adapter
 from shared.adapters.weights import Weights, read_adapter
 from shared.adapters.wrap import wrap
-from shared.errors import AdapterError
+from shared.errors import AdapterError, TrunkUnavailableError
 from shared.models import Checkpoint, SplitRange, open_checkpoint
 from shared.models.digest import client_digest
 
@@ -47,12 +50,13 @@ class SplitModelForCausalLM:
         dtype: torch.dtype = torch.float32,
         wire_dtype: torch.dtype = torch.float32,
         quantize: str = "",
+        reconnect_timeout_s: float = RECONNECT_TIMEOUT_S,
     ) -> Any:
         """Opens a session on a trunk and loads the two ends of a model around it.
 
         Args:
             model: Folder (whole or split layout) or hub id; only the ends' tensors are read.
-            trunk: ``host:port`` of the trunk.
+            trunk: ``host:port`` of the trunk; several with commas are tried in turn.
             split: ``START:END`` that the trunk must serve; None takes what it serves.
             peft_config: Adapter of the model; without one the ends are trained themselves.
             trunk_peft_config: Adapter of the trunk's blocks: ``"same"`` as the ends, another
@@ -65,6 +69,7 @@ class SplitModelForCausalLM:
             dtype: What the ends are computed in.
             wire_dtype: What hidden states and gradients travel in.
             quantize: Holds the ends' base weights in ``"nf4"`` or ``"int8"`` (bitsandbytes).
+            reconnect_timeout_s: How long to look for a trunk when one is lost; 0 gives up at once.
 
         Returns:
             The family's ``…ForCausalLM`` in evaluation mode, as a ``PeftModel`` if it has an
@@ -104,7 +109,7 @@ class SplitModelForCausalLM:
             dropout=dropout,
             wire_dtype=wire_dtype,
         )
-        remote = RemoteTrunk(TrunkSession(trunk, terms))
+        remote = RemoteTrunk(TrunkSession(trunk, terms, reconnect_timeout_s=reconnect_timeout_s))
         try:
             whole: Any = with_hole(checkpoint, served, remote, dtype, dropout, quantize)
             if plan is not None:
@@ -147,8 +152,16 @@ def _plan_loaded(
 
 
 def _served_split(trunk: str) -> SplitRange:
-    with open_channel(trunk) as channel:
-        info = get_info(channel, trunk, CONNECT_TIMEOUT_S)
+    *others, last = split_addresses(trunk)
+    for address in others:
+        with contextlib.suppress(TrunkUnavailableError):
+            return _split_at(address)
+    return _split_at(last)
+
+
+def _split_at(address: str) -> SplitRange:
+    with open_channel(address) as channel:
+        info = get_info(channel, address, CONNECT_TIMEOUT_S)
     return SplitRange(info.start_layer, info.end_layer)
 
 

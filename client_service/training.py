@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 import torch
 from torch.nn.functional import cross_entropy
 from transformers import get_scheduler
+
+from shared.failpoints import reach
 
 _OPTIMIZERS: dict[str, Any] = {
     "adamw": torch.optim.AdamW,
@@ -59,13 +61,36 @@ class StepMetrics:
         return asdict(self)
 
 
-def train(model: Any, batches: Iterator[torch.Tensor], plan: TrainingPlan) -> Iterator[StepMetrics]:
+@dataclass
+class TrainingState:
+    """A run between two of its steps: everything that the next step depends on, or has it."""
+
+    model: Any
+    optimizer: torch.optim.Optimizer
+    schedule: Any
+    steps: int
+    """Of the whole run."""
+    step: int = 0
+    """The last one that was done."""
+    batches_taken: int = 0
+
+
+def train(
+    model: Any,
+    batches: Iterator[torch.Tensor],
+    plan: TrainingPlan,
+    restore: Callable[[TrainingState], None] | None = None,
+    save: Callable[[TrainingState], None] | None = None,
+) -> Iterator[StepMetrics]:
     """Trains a causal-LM model, split or whole, yielding after every optimizer step.
 
     Args:
         model: A Hugging Face model; what requires gradients is trained.
-        batches: Token ids [B, T].
+        batches: Token ids [B, T]; those that a restored run has not taken yet.
         plan: How.
+        restore: Puts the state of an earlier run in place, see :mod:`client_service.checkpoint`.
+        save: Called after every step, once its metrics were taken: what it saves is then never
+            ahead of what was written down about it.
     """
     model.train()
     torch.manual_seed(plan.seed)
@@ -75,7 +100,10 @@ def train(model: Any, batches: Iterator[torch.Tensor], plan: TrainingPlan) -> It
     schedule = get_scheduler(
         plan.schedule, optimizer, num_warmup_steps=plan.warmup_steps, num_training_steps=plan.steps
     )
-    for step in range(1, plan.steps + 1):
+    state = TrainingState(model, optimizer, schedule, plan.steps)
+    if restore is not None:
+        restore(state)
+    for step in range(state.step + 1, plan.steps + 1):
         started, sent, received = time.perf_counter(), *traffic(model)
         loss_sum, tokens = 0.0, 0
         for _ in range(plan.grad_accum):
@@ -84,14 +112,19 @@ def train(model: Any, batches: Iterator[torch.Tensor], plan: TrainingPlan) -> It
             (loss / plan.grad_accum).backward()
             loss_sum += float(loss.detach())
             tokens += input_ids.numel()
+        reach("client.step.before")
         limit = plan.grad_clip or float("inf")
         grad_norm = float(torch.nn.utils.clip_grad_norm_(trainable, limit))
         lr = float(schedule.get_last_lr()[0])
+        reach("client.optimizer.before")
         optimizer.step()
+        reach("client.optimizer.after")
         if allocates is not None:
             allocates(step)  # reads the step's gradients, so before they are zeroed
         schedule.step()
         optimizer.zero_grad()
+        state.step, state.batches_taken = step, state.batches_taken + plan.grad_accum
+        reach("client.step.after")
         now_sent, now_received = traffic(model)
         yield StepMetrics(
             step=step,
@@ -103,6 +136,8 @@ def train(model: Any, batches: Iterator[torch.Tensor], plan: TrainingPlan) -> It
             bytes_received=now_received - received,
             seconds=time.perf_counter() - started,
         )
+        if save is not None:
+            save(state)
 
 
 def traffic(model: Any) -> tuple[int, int]:

@@ -15,8 +15,9 @@ RUN --mount=type=cache,target=/root/.cache/pip \
     /opt/trunkline/bin/pip install ${PIP_EXTRA} -c constraints.txt .
 
 FROM ${BASE_IMAGE}
-# A new volume mounted at /runs takes over the owner of the folder.
-RUN useradd --uid 10001 --no-create-home trunkline && install -d -o trunkline -g trunkline /runs
+# A new volume mounted at one of these folders takes over its owner.
+RUN useradd --uid 10001 --no-create-home trunkline \
+    && install -d -o trunkline -g trunkline /runs /certs
 COPY --from=build /opt/trunkline /opt/trunkline
 ENV PATH=/opt/trunkline/bin:$PATH \
     OMP_WAIT_POLICY=PASSIVE \

@@ -25,4 +25,6 @@ EXPOSE 50052
 HEALTHCHECK --interval=5s --timeout=10s --start-period=60s --retries=6 \
     CMD ["python", "/opt/trunkline/healthcheck.py"]
 ENTRYPOINT ["trunkd"]
-CMD ["--listen", "0.0.0.0:50052"]
+# Mount a folder of ca.pem, cert.pem and key.pem here, readable by uid 10001 (`trunkline certs`). The
+# health check is a client too: TRUNKLINE_TLS names a client's folder for it.
+CMD ["--listen", "0.0.0.0:50052", "--tls", "/tls"]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import ipaddress
 import json
 import logging
 import os
@@ -19,6 +18,7 @@ from shared.bundled import model_dir
 from shared.errors import InvalidInputError, TrunklineError
 from shared.logs import log_json
 from shared.models import SplitRange
+from trunk_service.access import open_access
 from trunk_service.registry import SessionRegistry, return_freed_memory
 from trunk_service.scheduler import Scheduler
 from trunk_service.server import TrunkServer
@@ -43,16 +43,20 @@ async def serve(settings: TrunkSettings) -> None:
     """Loads the trunk, serves it, and drains when told to stop.
 
     Raises:
-        TrunklineError: If the model cannot be loaded or the address not be bound.
+        TrunklineError: If the model cannot be loaded, the address not be bound, or clients would
+            be let in from other hosts without TLS.
     """
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
+    access = open_access(settings.listen, settings.tls, settings.tokens, settings.insecure)
     registry = _registry(settings)
-    server = TrunkServer(registry, with_reflection=settings.reflection)
+    server = TrunkServer(
+        registry, access.authenticator, access.credentials, with_reflection=settings.reflection
+    )
     port = await server.start(settings.listen)
-    address = f"{_host(settings.listen)}:{port}"
-    _announce(settings, registry, address)
+    address = f"{settings.listen.rpartition(':')[0]}:{port}"
+    _announce(settings, registry, address, access.off)
     await stop.wait()
     await server.drain(settings.drain_timeout_s)
 
@@ -75,7 +79,9 @@ def _registry(settings: TrunkSettings) -> SessionRegistry:
     return SessionRegistry(trunk, settings.limits(), scheduler)
 
 
-def _announce(settings: TrunkSettings, registry: SessionRegistry, address: str) -> None:
+def _announce(
+    settings: TrunkSettings, registry: SessionRegistry, address: str, off: tuple[str, ...]
+) -> None:
     info = registry.trunk.info
     facts = {
         "address": address,
@@ -84,9 +90,7 @@ def _announce(settings: TrunkSettings, registry: SessionRegistry, address: str) 
         "split": str(info.split),
         "weight_digest": info.weight_digest,
     }
-    logger.info("serving", extra=facts)
-    if not _is_loopback(settings.listen):
-        logger.warning("connections from other hosts are neither encrypted nor authenticated")
+    logger.info("serving", extra=facts | {"off": off})
     if settings.ready_file is not None:
         _write_whole(settings.ready_file, json.dumps(facts))
 
@@ -96,18 +100,6 @@ def _write_whole(path: Path, text: str) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     temporary.write_text(text, encoding="utf-8")
     temporary.replace(path)
-
-
-def _host(listen: str) -> str:
-    return listen.rpartition(":")[0]
-
-
-def _is_loopback(listen: str) -> bool:
-    host = _host(listen).strip("[]")
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
 
 
 if __name__ == "__main__":

@@ -13,6 +13,12 @@ from peft import PeftModel
 from transformers import DynamicCache
 
 from shared.adapters import adalora
+from shared.adapters.adalora_state import (
+    allocator_state,
+    check_allocator_state,
+    matrices,
+    restore_allocator,
+)
 from shared.adapters.config import config_to_json
 from shared.adapters.weights import Weights, adapter_weights, load_adapter_weights
 from shared.errors import AdapterError, ProtocolError, StepConflictError
@@ -25,6 +31,8 @@ from trunk_service.optimizer_state import read_state, write_state
 from trunk_service.optimizers import OptimizerSpec, build_optimizer, update_settings
 from trunk_service.requests import AdapterRequest, ForwardRequest, StepAnswer, StepRequest
 from trunk_service.trunk import Trunk
+
+_ALLOCATOR = "allocator/"
 
 
 class TenantAdapter:
@@ -180,14 +188,23 @@ class TenantAdapter:
         }
 
     def optimizer_state(self) -> Weights:
-        """Copies the optimizer's state as ``NAME/KEY``; empty before the first step."""
-        return {} if self._optimizer is None else read_state(self._optimizer, self.names)
+        """Copies the optimizer's state as ``NAME/KEY``; empty before the first step.
+
+        AdaLoRA's allocation of ranks comes with it, as ``allocator/KEY/NAME``.
+        """
+        if self._optimizer is None:
+            return {}
+        state = read_state(self._optimizer, self.names)
+        if (tuner := adalora.tuner_of(self.model)) is not None:
+            allocation = allocator_state(tuner) | matrices(tuner)
+            state |= {f"{_ALLOCATOR}{name}": tensor for name, tensor in allocation.items()}
+        return state
 
     def restore(self, weights: Weights, state: Weights, spec: OptimizerSpec | None) -> None:
         """Replaces the adapter's weights, its optimizer's state, or both.
 
         Raises:
-            AdapterError: If the weights do not fit; nothing was changed.
+            AdapterError: If the weights or AdaLoRA's allocation do not fit; nothing was changed.
             OptimizerError: If the state does not fit the optimizer; nothing was changed.
         """
         if not isinstance(self.model, PeftModel):
@@ -195,6 +212,11 @@ class TenantAdapter:
         restored = self._optimizer
         if state and spec is None:
             raise AdapterError("an optimizer's state was given without the optimizer")
+        allocation = {n: t for n, t in state.items() if n.startswith(_ALLOCATOR)}
+        state = {n: t for n, t in state.items() if n not in allocation}
+        allocation = {n.removeprefix(_ALLOCATOR): t for n, t in allocation.items()}
+        if allocation:
+            check_allocator_state(self._tuner(), allocation)
         if spec is not None:
             restored = build_optimizer(spec, self.parameters)
             write_state(restored, self.names, state)
@@ -207,6 +229,9 @@ class TenantAdapter:
                 # AdaLoRA builds its matrices anew in the ranks of the file.
                 restored = None
         self._optimizer = restored
+        if allocation:
+            restore_allocator(self._tuner(), allocation)
+            self._penalty = None
 
     def importance(self, update: bool, report: bool) -> Weights:
         """AdaLoRA: takes the last step's gradients into the scores, and answers them.

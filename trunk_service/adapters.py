@@ -9,6 +9,7 @@ from shared.errors import AdapterError, ResourceExhaustedError
 from trunk_service.adapter import TenantAdapter
 from trunk_service.budget import ByteBudget
 from trunk_service.limits import Limits
+from trunk_service.quotas import TenantQuota
 from trunk_service.requests import AdapterRequest
 from trunk_service.trunk import Trunk
 
@@ -22,14 +23,22 @@ class SessionAdapters:
         trunk: The shared blocks.
         limits: What a tenant may use.
         budget: The session's byte budget.
+        quota: What all sessions of the tenant may hold.
         dropout: Replaces the probability of the blocks' own dropout layers.
     """
 
     def __init__(
-        self, trunk: Trunk, limits: Limits, budget: ByteBudget, dropout: float | None
+        self,
+        trunk: Trunk,
+        limits: Limits,
+        budget: ByteBudget,
+        quota: TenantQuota,
+        dropout: float | None,
     ) -> None:
         self._trunk, self._limits, self._budget, self._dropout = trunk, limits, budget, dropout
+        self._quota = quota
         self._by_name: dict[str, TenantAdapter] = {}
+        self._counted: dict[str, int] = {}
         self._bare: TenantAdapter | None = None
 
     def __iter__(self) -> Iterator[TenantAdapter]:
@@ -57,8 +66,15 @@ class SessionAdapters:
             raise ResourceExhaustedError(
                 f"this session has {len(self._by_name)} adapters, as many as are allowed"
             )
-        self._by_name[request.name] = self._build(request)
-        return self._by_name[request.name]
+        added = self._build(request)
+        try:
+            self._quota.reserve_parameters(added.trainable_parameters)
+        except ResourceExhaustedError:
+            added.close()
+            raise
+        self._by_name[request.name] = added
+        self._counted[request.name] = added.trainable_parameters
+        return added
 
     def get(self, name: str) -> TenantAdapter:
         """Returns an adapter; the empty name is that of ``Open``.
@@ -87,11 +103,12 @@ class SessionAdapters:
         """
         self.get(name).close()
         del self._by_name[name]
+        self._quota.release_parameters(self._counted.pop(name))
 
     def close(self) -> None:
         """Frees all adapters' gradients and optimizers."""
-        for adapter in self:
-            adapter.close()
+        for name in list(self._by_name):
+            self.remove(name)
 
     def _build(self, request: AdapterRequest) -> TenantAdapter:
         model = self._trunk.new_model(request, self._limits, self._dropout)

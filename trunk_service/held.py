@@ -66,6 +66,17 @@ class HeldRequests:
         if request_id in self._held or request_id in self._used:
             raise ReusedRequestError(f"request id {request_id!r} was used before")
 
+    def same(self, request: ForwardRequest) -> HeldRequest | None:
+        """Returns what is held of this very forward, if it came before."""
+        held = self._held.get(request.request_id)
+        if held is None:
+            return None
+        before = held.request
+        named = (request.adapter, request.without_adapter, request.step, request.micro)
+        if named != (before.adapter, before.without_adapter, before.step, before.micro):
+            return None
+        return held if torch.equal(request.hidden_BTD, before.hidden_BTD) else None
+
     def add(
         self,
         request: ForwardRequest,

@@ -12,6 +12,7 @@ from grpc_reflection.v1alpha import reflection
 
 from shared.errors import InvalidInputError
 from shared.wire.tensors import MAX_FRAME_BYTES
+from trunk_service.identity import Authenticator
 from trunk_service.registry import SessionRegistry
 from trunk_service.servicer import SERVICE_NAME, TrunkServicer
 
@@ -20,16 +21,25 @@ logger = logging.getLogger(__name__)
 _REAP_INTERVAL_S = 1.0
 _FAREWELL_S = 10.0  # how long the streams may take to end
 
+# Health names. The process lives from its start to its end, also while it drains; it is ready, and
+# the service is, until it drains.
+_LIVENESS = ("", "liveness")
+_READINESS = ("readiness", SERVICE_NAME)
+
 _OPTIONS = [
     ("grpc.max_receive_message_length", MAX_FRAME_BYTES),
     ("grpc.max_send_message_length", MAX_FRAME_BYTES),
     # Two daemons on one port would share its connections at random.
     ("grpc.so_reuseport", 0),
-    ("grpc.keepalive_time_ms", 20_000),
-    ("grpc.keepalive_timeout_ms", 10_000),
-    # Clients ping every 20 s; gRPC's default of 5 min would end their connections.
-    ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
+    # A silent client is noticed within 20 s.
+    ("grpc.keepalive_time_ms", 10_000),
+    ("grpc.keepalive_timeout_ms", 8_000),
+    ("grpc.http2.ping_timeout_ms", 8_000),  # of the ping itself; by default a minute
+    ("grpc.http2.max_pings_without_data", 0),  # or a session that waits is pinged twice only
+    # Clients ping every 10 s; gRPC's default of 5 min would end their connections.
+    ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
     ("grpc.keepalive_permit_without_calls", 1),
+    ("grpc.enable_channelz", 0),
 ]
 
 
@@ -38,12 +48,20 @@ class TrunkServer:
 
     Args:
         registry: Sessions, trunk and scheduler.
+        authenticator: Tells who calls.
+        credentials: TLS of the address; None serves plainly.
         with_reflection: Also serve gRPC reflection.
     """
 
-    def __init__(self, registry: SessionRegistry, with_reflection: bool = False) -> None:
-        self._registry = registry
-        self._servicer = TrunkServicer(registry)
+    def __init__(
+        self,
+        registry: SessionRegistry,
+        authenticator: Authenticator,
+        credentials: grpc.ServerCredentials | None = None,
+        with_reflection: bool = False,
+    ) -> None:
+        self._registry, self._credentials = registry, credentials
+        self._servicer = TrunkServicer(registry, authenticator)
         self._health = health.aio.HealthServicer()
         self._server = grpc.aio.server(options=_OPTIONS)
         self._server.add_generic_rpc_handlers((self._servicer.handler(),))
@@ -60,11 +78,14 @@ class TrunkServer:
             InvalidInputError: If the address cannot be bound.
         """
         try:
-            port = self._server.add_insecure_port(address)
+            if self._credentials is None:
+                port = self._server.add_insecure_port(address)
+            else:
+                port = self._server.add_secure_port(address, self._credentials)
         except RuntimeError as error:
             raise InvalidInputError(f"cannot listen on {address}: {error}") from error
         await self._server.start()
-        await self._set_health(health_pb2.HealthCheckResponse.SERVING)
+        await self._set_health(health_pb2.HealthCheckResponse.SERVING, *_LIVENESS, *_READINESS)
         self._reaper = asyncio.create_task(self._reap())
         return port
 
@@ -76,7 +97,7 @@ class TrunkServer:
         """
         logger.info("draining", extra={"sessions": len(self._registry)})
         self._registry.draining = True
-        await self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING)
+        await self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING, *_READINESS)
         deadline = time.monotonic() + timeout_s
         while time.monotonic() < deadline and not self._quiet:
             await asyncio.sleep(0.05)
@@ -96,11 +117,14 @@ class TrunkServer:
             await asyncio.sleep(_REAP_INTERVAL_S)
             try:
                 self._servicer.end_expired()
+                self._registry.close_abandoned()
                 self._registry.free_expired_requests()
                 await asyncio.to_thread(self._registry.return_memory_when_idle)
             except Exception:
                 logger.exception("freeing what expired failed; tried again in a second")
 
-    async def _set_health(self, status: health_pb2.HealthCheckResponse.ServingStatus) -> None:
-        for name in ("", SERVICE_NAME):
+    async def _set_health(
+        self, status: health_pb2.HealthCheckResponse.ServingStatus, *names: str
+    ) -> None:
+        for name in names:
             await self._health.set(name, status)

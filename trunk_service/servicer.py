@@ -13,9 +13,11 @@ from collections.abc import AsyncIterator
 
 import grpc
 
-from shared.errors import ProtocolError
+from shared.errors import AuthenticationError, ProtocolError
 from shared.pb.trunkline.v1 import trunk_pb2 as pb
 from trunk_service import translate
+from trunk_service.execution import Execution
+from trunk_service.identity import Authenticator
 from trunk_service.registry import SessionRegistry
 from trunk_service.stream import SessionStream
 
@@ -25,10 +27,17 @@ SERVICE_NAME = pb.DESCRIPTOR.services_by_name["TrunkService"].full_name
 
 
 class TrunkServicer:
-    """Serves sessions from a registry, and ends their streams when leases or the trunk end."""
+    """Serves sessions from a registry, and ends their streams when leases or the trunk end.
 
-    def __init__(self, registry: SessionRegistry) -> None:
+    Args:
+        registry: Sessions, trunk and scheduler.
+        authenticator: Tells who calls.
+    """
+
+    def __init__(self, registry: SessionRegistry, authenticator: Authenticator) -> None:
         self._registry = registry
+        self._execution = Execution(registry.scheduler, registry.metrics)
+        self._authenticator = authenticator
         self._streams: dict[SessionStream, asyncio.Task[None]] = {}
         self._endings: dict[SessionStream, tuple[grpc.StatusCode, str]] = {}
 
@@ -50,13 +59,24 @@ class TrunkServicer:
         self, request: pb.GetInfoRequest, context: grpc.aio.ServicerContext[object, object]
     ) -> pb.GetInfoResponse:
         """Answers what this trunk serves and accepts."""
+        try:
+            self._authenticator.identify(context)
+        except AuthenticationError as error:
+            await context.abort(grpc.StatusCode.UNAUTHENTICATED, str(error))
         return translate.info_response(self._registry.trunk.info, self._registry.limits)
 
     async def session(
         self, frames: AsyncIterator[bytes], context: grpc.aio.ServicerContext[object, object]
     ) -> None:
-        """Serves one session's stream."""
-        stream = SessionStream(self._registry, context.write)
+        """Serves one connection to a session."""
+        try:
+            peer = self._authenticator.identify(context)
+        except AuthenticationError as error:
+            self._execution.metrics.rejected("UNAUTHENTICATED")
+            await context.abort(grpc.StatusCode.UNAUTHENTICATED, str(error))
+        stream = SessionStream(
+            self._registry, self._execution, peer, context.write, self._end_taken_over
+        )
         serving = asyncio.create_task(stream.serve(frames))
         self._streams[stream] = serving
         try:
@@ -90,6 +110,14 @@ class TrunkServicer:
         while self._streams and time.monotonic() < deadline:
             await asyncio.sleep(0.01)
 
+    def _end_taken_over(self, stream: SessionStream) -> None:
+        stream.give_up()
+        why = "another connection has taken the session over"
+        self._end(stream, grpc.StatusCode.FAILED_PRECONDITION, why)
+
     def _end(self, stream: SessionStream, code: grpc.StatusCode, why: str) -> None:
+        if stream not in self._streams:
+            return
+        stream.keeps_session = False
         self._endings[stream] = code, why
         self._streams[stream].cancel()

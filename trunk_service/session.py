@@ -19,6 +19,7 @@ from trunk_service.budget import ByteBudget
 from trunk_service.caches import KeyValueCaches
 from trunk_service.held import HeldRequest, HeldRequests
 from trunk_service.limits import Limits
+from trunk_service.quotas import TenantQuota
 from trunk_service.requests import (
     AdapterRequest,
     BackwardAnswer,
@@ -41,7 +42,7 @@ class TenantSession:
         trunk: The shared blocks.
         request: The terms the tenant asked for.
         limits: What it may use.
-        total_budget: Held bytes of all sessions.
+        quota: What all sessions of the tenant may hold.
 
     Raises:
         ModelMismatchError: If the tenant's model is another one.
@@ -49,12 +50,12 @@ class TenantSession:
     """
 
     def __init__(
-        self, trunk: Trunk, request: OpenRequest, limits: Limits, total_budget: ByteBudget
+        self, trunk: Trunk, request: OpenRequest, limits: Limits, quota: TenantQuota
     ) -> None:
         trunk.check(request)
         self._trunk, self._terms, self._limits = trunk, request, limits
-        self.budget = ByteBudget(limits.session_held_bytes, "session's held-state", total_budget)
-        self.adapters = SessionAdapters(trunk, limits, self.budget, request.dropout)
+        self.budget = ByteBudget(limits.session_held_bytes, "session's held-state", quota.budget)
+        self.adapters = SessionAdapters(trunk, limits, self.budget, quota, request.dropout)
         first = AdapterRequest("", request.peft_config_json, request.seed)
         self.adapters.add(first)
         config = self.adapters.get("").model.config
@@ -71,7 +72,8 @@ class TenantSession:
 
         Raises:
             TensorError: If a tensor is not acceptable.
-            ReusedRequestError: If the request id was used since the last step.
+            ReusedRequestError: If the request id was used since the last step, unless it is the
+                same forward again and still held: that is given the same answer.
             ProtocolError: If the request asks for a graph and a cache at once.
             AdapterError: If the session has no such adapter.
             ResourceExhaustedError: If the byte budget is spent.
@@ -108,7 +110,8 @@ class TenantSession:
         Raises:
             UnknownRequestError: If nothing is held under the id.
             TensorError: If the gradient is not acceptable; the forward stays held.
-            ResourceExhaustedError: If the byte budget has no room; the forward stays held.
+            ResourceExhaustedError: If the byte budget or the memory has no room; the forward
+                stays held.
         """
         held = self.held.get(request.request_id)
         check_values(
@@ -132,9 +135,10 @@ class TenantSession:
             input_gradient = self._backward_held(adapter, held, request)
         except BaseException:
             adapter.give_back_gradients(reserved)
+            # The graph may be half used up; what it was made of is still there.
+            held.output_BTD = None
             raise
-        finally:
-            self.held.drop(request.request_id)
+        self.held.drop(request.request_id)
         wanted = request.need_input_gradient and input_gradient is not None
         answer = self._to_wire(input_gradient) if wanted and input_gradient is not None else None
         return BackwardAnswer(answer, adapter.gradients.norm())
@@ -202,6 +206,10 @@ class TenantSession:
         )
 
     def _forward_held(self, adapter: TenantAdapter, request: ForwardRequest) -> ForwardAnswer:
+        if (same := self.held.same(request)) is not None:
+            return ForwardAnswer(
+                self._to_wire(self._output_again(adapter, same)), same.mode, same.reserved_bytes
+            )
         self.held.check_new(request.request_id)
         retain, reserved = self._reserve(adapter, request)
         try:
@@ -215,6 +223,12 @@ class TenantSession:
             raise
         held = self.held.add(request, input_BTD, output_BTD if retain else None, reserved)
         return ForwardAnswer(self._to_wire(output_BTD), held.mode, reserved)
+
+    def _output_again(self, adapter: TenantAdapter, held: HeldRequest) -> torch.Tensor:
+        if held.output_BTD is not None:
+            return held.output_BTD
+        with torch.no_grad():
+            return self._run(adapter, held.request, held.input_BTD)
 
     def _reserve(self, adapter: TenantAdapter, request: ForwardRequest) -> tuple[bool, int]:
         """Reserves the graph's bytes, or at least the boundary's; tells whether to retain."""

@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, ValidationInfo, field_validator
 from pydantic_settings import (
     BaseSettings,
     PydanticBaseSettingsSource,
@@ -41,6 +41,12 @@ class TrunkSettings(BaseSettings):
     """Blocks START:END that live here: START .. END - 1."""
     listen: str = "127.0.0.1:50052"
     """HOST:PORT to serve on; port 0 takes a free one."""
+    tls: Path | None = None
+    """Folder of ca.pem, cert.pem and key.pem: TLS, only with clients that this CA certified."""
+    tokens: Path | None = None
+    """File of lines TENANT TOKEN [EXPIRY]: asks for a token too; needs --tls."""
+    insecure: bool = False
+    """Turn TLS, client certificates and tokens off, whatever is set; on loopback only."""
     device: str = "cpu"
     """Torch device to compute on."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
@@ -55,6 +61,10 @@ class TrunkSettings(BaseSettings):
     """Vary threads with the load: faster for many tenants, no longer bitwise reproducible."""
     ready_file: Path | None = None
     """Receives JSON with the address once the daemon serves."""
+    metrics: str = ""
+    """HOST:PORT to serve Prometheus metrics on; empty serves none."""
+    otlp_endpoint: str = ""
+    """Where to send OpenTelemetry spans (`pip install trunkline[otel]`); empty sends none."""
     reflection: bool = False
     """Serve gRPC reflection."""
     drain_timeout_s: float = Field(default=30.0, ge=0)
@@ -77,17 +87,36 @@ class TrunkSettings(BaseSettings):
     """Autograd state and caches of one session."""
     max_sessions: int = Field(default=_LIMITS.max_sessions, ge=1)
     """Most sessions at once."""
+    tenant_held_bytes: int = Field(default=_LIMITS.tenant_held_bytes, ge=1)
+    """Autograd state and caches of all sessions of one tenant."""
+    tenant_max_sessions: int = Field(default=_LIMITS.tenant_max_sessions, ge=1)
+    """Most sessions of one tenant at once."""
+    tenant_adapter_parameters: int = Field(default=_LIMITS.tenant_adapter_parameters, ge=1)
+    """Most trainable numbers of all adapters of one tenant."""
+    tenant_requests_in_flight: int = Field(default=_LIMITS.tenant_requests_in_flight, ge=1)
+    """Most requests of one tenant under way."""
+    tenant_steps_per_minute: float = Field(default=_LIMITS.tenant_steps_per_minute, gt=0)
+    """Most optimizer steps of one tenant, in bursts of up to a minute's."""
+    max_requests_in_flight: int = Field(default=_LIMITS.max_requests_in_flight, ge=1)
+    """Most requests of one session under way; more wait on the wire."""
     held_lease_s: float = Field(default=_LIMITS.held_lease_s, gt=0)
     """Seconds until a forward without a backward is freed."""
     session_lease_s: float = Field(default=_LIMITS.session_lease_s, gt=0)
     """Seconds until a silent session is freed."""
+    resume_window_s: float = Field(default=_LIMITS.resume_window_s, gt=0)
+    """Seconds that a session whose connection broke waits for its client."""
 
-    @field_validator("listen")
+    @field_validator("listen", "metrics")
     @classmethod
-    def _host_and_port(cls, value: str) -> str:
+    def _host_and_port(cls, value: str, field: ValidationInfo) -> str:
+        if not value and field.field_name == "metrics":
+            return value
         host, _, port = value.rpartition(":")
         if not host or not port.isdigit() or int(port) > 65535:
             raise ValueError(f"{value!r} is not HOST:PORT with a port from 0 to 65535")
+        if ":" in host and not (host.startswith("[") and host.endswith("]")):
+            # gRPC would take its port for a part of the address.
+            raise ValueError(f"{value!r}: an IPv6 address is written as [ADDRESS]:PORT")
         return value
 
     @field_validator("peft_methods")

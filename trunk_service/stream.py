@@ -1,26 +1,26 @@
-"""One session's stream: frames in, answers out, every failure of a request inside the stream."""
+"""One connection to a session: frames in, answers out, every failure of a request inside it.
+
+The session outlives its connection for a while: what was under way is finished, its answers are
+kept, and a client that comes back on a new stream is given them (see :mod:`trunk_service.answers`).
+"""
 
 from __future__ import annotations
 
 import asyncio
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
-from typing import Any
 
 import torch
 
-from shared.errors import (
-    DrainingError,
-    ProtocolError,
-    ResourceExhaustedError,
-    TrunkInternalError,
-    TrunklineError,
-)
+from shared.errors import DrainingError, ProtocolError, ResourceExhaustedError, TrunklineError
+from shared.failpoints import reach
 from shared.pb.trunkline.v1 import trunk_pb2 as pb
 from shared.wire.error_codes import to_message
 from shared.wire.messages import Inbox, Incoming, to_frames
 from trunk_service import translate
-from trunk_service.handlers import HANDLERS, Answer
+from trunk_service.answers import Answer
+from trunk_service.execution import Execution
+from trunk_service.identity import Peer
 from trunk_service.registry import OpenSession, SessionRegistry
 
 logger = logging.getLogger(__name__)
@@ -28,6 +28,9 @@ logger = logging.getLogger(__name__)
 Send = Callable[[bytes], Awaitable[None]]
 
 _LAST_WRITE_S = 5.0
+# A client that is over a quota is read this much slower, or its refused requests alone would keep
+# the trunk busy.
+_MAX_PAUSE_S = 0.5
 
 _NEW_WORK = frozenset({"open", "forward", "restore", "add_adapter"})
 
@@ -37,44 +40,64 @@ class SessionStream:
 
     Args:
         registry: Where sessions live.
+        execution: Runs requests and counts them.
+        peer: Who the client is.
         send: Writes one frame to the client.
+        disconnect: Ends this stream because another has taken the session over.
     """
 
-    def __init__(self, registry: SessionRegistry, send: Send) -> None:
-        self._registry = registry
-        self._send = send
+    def __init__(
+        self,
+        registry: SessionRegistry,
+        execution: Execution,
+        peer: Peer,
+        send: Send,
+        disconnect: Callable[[SessionStream], None],
+    ) -> None:
+        self._registry, self._execution, self._peer = registry, execution, peer
+        self._send, self._disconnect = send, disconnect
         self._write_lock = asyncio.Lock()
         self._writing: asyncio.Future[None] | None = None
         self._in_flight = asyncio.Semaphore(registry.limits.max_requests_in_flight)
         self._session: OpenSession | None = None
         self._tasks: set[asyncio.Task[None]] = set()
+        self._pause_s = 0.0
+        self.keeps_session = True
+        """Whether the session waits for its client if this stream breaks."""
         info, limits = registry.trunk.info, registry.limits
 
         def cap(message: pb.SessionRequest) -> int:
             return translate.max_tensor_bytes(message, info, limits)
 
         widest = cap(pb.SessionRequest(forward=pb.Forward()))
-        self._inbox = Inbox(pb.SessionRequest, cap, max_open_bytes=2 * widest, ids_grow=True)
+        self._inbox = Inbox(pb.SessionRequest, cap, max_open_bytes=2 * widest)
 
     async def serve(self, frames: AsyncIterator[bytes]) -> None:
-        """Reads frames until the client ends the stream, then frees the session.
+        """Reads frames until the stream ends, with the session if the client said so.
 
         Raises:
             ProtocolError: If a frame is no message at all: the stream cannot go on.
         """
         try:
             async for raw in frames:
+                self._execution.count_in(self._peer.tenant, len(raw))
+                if self._pause_s:
+                    pause, self._pause_s = self._pause_s, 0.0
+                    await asyncio.sleep(pause)
                 incoming = self._inbox.feed(raw)
                 if self._session is not None:
                     self._session.touch()
                 if incoming is not None:
                     await self._begin(incoming)
             await asyncio.gather(*self._tasks)
+        except ProtocolError:
+            self.keeps_session = False
+            raise
         finally:
             for task in self._tasks:
                 task.cancel()
             await self._finish_write()
-            await self._close()
+            await self._leave()
 
     @property
     def lease_is_over(self) -> bool:
@@ -83,19 +106,24 @@ class SessionStream:
             return False  # what it waits for is not its silence
         return self._session in self._registry.expired()
 
+    def give_up(self) -> None:
+        """Leaves the session to another connection, at once."""
+        self._session = None
+
     async def _begin(self, incoming: Incoming[pb.SessionRequest]) -> None:
         """Starts a request; waits while as many as are allowed are under way."""
         await self._in_flight.acquire()
-        message = incoming.message
-        error = incoming.error or self._refusal(message)
-        if error is not None or message.WhichOneof("body") == "open":
-            # Nothing of the session can start before it is open, so this is not run beside.
+        try:
+            work = await self._answer_of(incoming)
+        except TrunklineError as error:
+            work = self._refused(incoming.message, error)
+        if isinstance(work, pb.SessionResponse):
             try:
-                await self._answer(incoming, error)
+                await self._write(work, {})
             finally:
                 self._in_flight.release()
             return
-        task = asyncio.create_task(self._answer(incoming, None))
+        task = asyncio.create_task(self._deliver(incoming.message, work))
         self._tasks.add(task)
         task.add_done_callback(self._done)
         await asyncio.sleep(0)  # lets the task reach the scheduler, so requests keep their order
@@ -110,76 +138,114 @@ class SessionStream:
         if not task.cancelled() and (error := task.exception()) is not None:
             logger.info("an answer could not be written: %s", error)
 
-    def _refusal(self, message: pb.SessionRequest) -> TrunklineError | None:
-        kind = message.WhichOneof("body")
+    async def _answer_of(
+        self, incoming: Incoming[pb.SessionRequest]
+    ) -> asyncio.Task[Answer] | pb.SessionResponse:
+        """The answer of a message that is new, or under way, or was answered before.
+
+        Raises:
+            TrunklineError: If the message is refused.
+        """
+        message, kind = incoming.message, incoming.message.WhichOneof("body")
+        if incoming.error is not None:
+            raise incoming.error
+        assert kind is not None
         if (self._session is None) != (kind == "open"):
-            return ProtocolError(f"{kind} came {'before' if kind != 'open' else 'after an'} open")
-        if self._registry.draining and kind in _NEW_WORK:
-            return DrainingError(f"the trunk is shutting down and takes no new {kind}")
-        return None
-
-    async def _answer(
-        self, incoming: Incoming[pb.SessionRequest], error: TrunklineError | None
-    ) -> None:
-        message = incoming.message
-        try:
-            if error is not None:
-                raise error
-            response, tensors = await self._handle(message, incoming.tensors)
-        except TrunklineError as refused:
-            response, tensors = pb.SessionResponse(error=to_message(refused)), {}
-            self._log(logging.INFO, message, f"refused: {type(refused).__name__}: {refused}")
-        except (MemoryError, torch.OutOfMemoryError) as exhausted:
-            spent = ResourceExhaustedError(f"no memory for this request ({exhausted})")
-            response, tensors = pb.SessionResponse(error=to_message(spent)), {}
-            self._log(logging.WARNING, message, "no memory for a request")
-        except Exception:
-            failure = TrunkInternalError(f"message {message.id} failed; see the trunk's log")
-            response, tensors = pb.SessionResponse(error=to_message(failure)), {}
-            self._log(logging.ERROR, message, "request failed", exc_info=True)
-        response.id = message.id
-        await self._write(response, tensors)
-
-    async def _handle(self, message: pb.SessionRequest, tensors: dict[str, torch.Tensor]) -> Answer:
-        kind = message.WhichOneof("body")
+            raise ProtocolError(f"{kind} came {'before' if kind != 'open' else 'after an'} open")
+        self._peer.check()
         if kind == "open":
-            return await self._open(message.open)
-        assert self._session is not None and kind is not None
-        work = HANDLERS[kind]
-        tenant, body = self._session.tenant, getattr(message, kind)
-        scheduler = self._registry.scheduler
-        submitted = scheduler.submit(self._session.session_id, lambda: work(tenant, body, tensors))
-        return await asyncio.wrap_future(submitted)
+            # Nothing of the session can start before it is open, so this is not run beside.
+            return await self._open(message)
+        session = self._session
+        assert session is not None
+        if kind == "close":
+            self.keeps_session = False
+            return pb.SessionResponse(id=message.id, close=pb.CloseResult())
+        session.answers.acknowledge(message.acknowledged)
+        known = session.answers.find(message.id, kind)
+        if known is not None:
+            self._execution.metrics.replayed(self._peer.tenant)
+            return known
+        if self._registry.draining and kind in _NEW_WORK:
+            raise DrainingError(f"the trunk is shutting down and takes no new {kind}")
+        if kind == "step":
+            session.owner.check_step_rate()
+        work = self._execution.run(session, message, incoming.tensors)
+        return session.answers.start(message.id, kind, work)
 
-    async def _open(self, body: pb.Open) -> Answer:
-        opened = self._registry.open(translate.open_request(body))
+    async def _deliver(self, message: pb.SessionRequest, work: asyncio.Task[Answer]) -> None:
         try:
-            self._session = await asyncio.wrap_future(opened)
+            # Shielded: the work goes on when the stream, and this task with it, is gone.
+            response, tensors = await asyncio.shield(work)
+        except TrunklineError as error:
+            response, tensors = self._refused(message, error), {}
+        reach("trunk.answer.before")
+        await self._write(response, tensors)
+        reach("trunk.answer.after")
+
+    def _refused(self, message: pb.SessionRequest, error: TrunklineError) -> pb.SessionResponse:
+        if isinstance(error, ResourceExhaustedError):
+            self._pause_s = min(error.retry_after_s, _MAX_PAUSE_S)
+        self._execution.note_refusal(self._session, message, error)
+        return pb.SessionResponse(id=message.id, error=to_message(error))
+
+    async def _open(self, message: pb.SessionRequest) -> pb.SessionResponse:
+        body, tenant = message.open, self._peer.tenant
+        if self._registry.draining:
+            raise DrainingError("the trunk is shutting down and takes no new open")
+        if body.resume_session_id:
+            session = self._registry.resume(body.resume_session_id, body.epoch, tenant)
+            self._execution.metrics.resumed(tenant)
+            logger.info("session resumed", extra={"session": session.session_id, "tenant": tenant})
+        else:
+            session = await self._new_session(translate.open_request(body))
+        self._session = session
+        session.disconnect = lambda: self._disconnect(self)
+        result = pb.OpenResult(
+            session_id=session.session_id,
+            trainable_parameters=session.state.adapters.get("").trainable_parameters,
+            epoch=session.epoch,
+            max_requests_in_flight=self._registry.limits.max_requests_in_flight,
+        )
+        return pb.SessionResponse(id=message.id, open=result)
+
+    async def _new_session(self, request: translate.OpenRequest) -> OpenSession:
+        tenant = self._peer.tenant
+        opened = self._registry.open(request, tenant)
+        try:
+            session = await self._execution.guard("open", asyncio.wrap_future(opened))
         except asyncio.CancelledError:
             opened.add_done_callback(self._registry.close_late)
             raise
-        session_id = self._session.session_id
-        count = self._session.tenant.adapters.get("").trainable_parameters
-        extra = {"session": session_id, "trainable_parameters": count}
+        count = session.state.adapters.get("").trainable_parameters
+        extra = {"session": session.session_id, "tenant": tenant, "trainable_parameters": count}
         logger.info("session opened", extra=extra)
-        result = pb.OpenResult(session_id=session_id, trainable_parameters=count)
-        return pb.SessionResponse(open=result), {}
+        return session
 
-    async def _close(self) -> None:
-        if self._session is None:
-            return
+    async def _leave(self) -> None:
         session, self._session = self._session, None
+        if session is None:
+            return
+        session.disconnect = None
+        session.touch()
+        if self.keeps_session and not self._registry.draining:
+            logger.info("session waits for its client", extra={"session": session.session_id})
+            return
         await asyncio.shield(asyncio.wrap_future(self._registry.close(session)))
         logger.info("session closed", extra={"session": session.session_id})
 
     async def _write(
         self, response: pb.SessionResponse, tensors: Mapping[str, torch.Tensor]
     ) -> None:
+        # A copy, since the answer may be given again and its tensors are announced in it.
+        message = pb.SessionResponse()
+        message.CopyFrom(response)
         # One message's frames may interleave with another's, one frame's bytes may not.
-        for frame in to_frames(response, tensors):
+        for frame in to_frames(message, tensors):
             async with self._write_lock:
                 self._writing = asyncio.ensure_future(self._send(frame))
                 await asyncio.shield(self._writing)
+            self._execution.count_out(self._peer.tenant, len(frame))
 
     async def _finish_write(self) -> None:
         """Waits for the frame that is being written.
@@ -191,12 +257,3 @@ class SessionStream:
             await asyncio.wait({self._writing}, timeout=_LAST_WRITE_S)
             if self._writing.done() and not self._writing.cancelled():
                 self._writing.exception()  # a client that is gone: nothing is left to tell it
-
-    def _log(self, level: int, message: pb.SessionRequest, text: str, **kwargs: Any) -> None:
-        body = getattr(message, message.WhichOneof("body") or "open")
-        extra = {
-            "session": self._session.session_id if self._session else None,
-            "message_id": message.id,
-            "request": getattr(body, "request_id", None),
-        }
-        logger.log(level, text, extra=extra, **kwargs)

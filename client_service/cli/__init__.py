@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import sys
+from pathlib import Path
+from typing import Annotated
 
 import typer
 
+from client_service.credentials import TLS_VARIABLE, TOKEN_VARIABLE
 from shared.errors import TrunklineError
 
 app = typer.Typer(
@@ -17,10 +21,32 @@ app = typer.Typer(
 )
 
 
+@app.callback()
+def identify(
+    tls: Annotated[
+        Path | None,
+        typer.Option(
+            envvar=TLS_VARIABLE,
+            help="Folder of ca.pem, cert.pem and key.pem to reach a trunk with.",
+        ),
+    ] = None,
+    token_file: Annotated[
+        Path | None,
+        typer.Option(envvar=TOKEN_VARIABLE, help="File with the token that the trunk asks for."),
+    ] = None,
+) -> None:
+    """Fine-tune and run a language model that lives in two places."""
+    # What opens a connection looks there, at whatever depth of the library.
+    if tls is not None:
+        os.environ[TLS_VARIABLE] = str(tls)
+    if token_file is not None:
+        os.environ[TOKEN_VARIABLE] = str(token_file)
+
+
 def main() -> None:
     """Runs the command line; exits 2 on an error that names what to change."""
     # The commands are registered by being imported, and importing them loads torch.
-    from client_service.cli import chat, demo, export, gguf, model, train  # noqa: F401
+    from client_service.cli import certs, chat, demo, export, gguf, model, train  # noqa: F401
 
     try:
         app()

@@ -32,9 +32,8 @@ from client_service.cli.options import (
     read_peft_config,
     show,
 )
-from client_service.connection import get_info, open_channel
+from client_service.connection import CONNECT_TIMEOUT_S, get_info, open_channel
 from client_service.data import batches, read_texts, token_blocks
-from client_service.session import CONNECT_TIMEOUT_S
 from client_service.split_model import SplitModelForCausalLM
 from client_service.training import mean_loss
 from client_service.verify import VerifyPlan, verify

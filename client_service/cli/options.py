@@ -24,7 +24,9 @@ from shared.models.tensor_files import first_line
 ModelOption = Annotated[
     str, typer.Option(help="Model folder (whole or split) or hub id; default: the bundled model.")
 ]
-TrunkOption = Annotated[str, typer.Option(help="HOST:PORT of the trunk.")]
+TrunkOption = Annotated[
+    str, typer.Option(help="HOST:PORT of the trunk; several with commas are tried in turn.")
+]
 SeedOption = Annotated[int, typer.Option(help="Fixes adapters, data order and dropout.")]
 AdapterOption = Annotated[
     Path | None, typer.Option(help="Folder of a PEFT adapter of the whole model to start from.")

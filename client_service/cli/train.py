@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import collections
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -11,7 +13,10 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from client_service.atomic_folder import remove_leftovers, replaced_folder
 from client_service.chat import ChatOptions
+from client_service.checkpoint import Checkpoint, Checkpoints, check_can_be_saved
+from client_service.checkpoint_files import has_checkpoints
 from client_service.cli import app
 from client_service.cli.chat import talk
 from client_service.cli.options import (
@@ -33,17 +38,30 @@ from client_service.cli.options import (
     read_peft_config,
     show,
 )
+from client_service.cli.run_file import (
+    METRICS_FILE,
+    RunSettings,
+    check_same_data,
+    cut_metrics,
+    resumed_settings,
+    write_run,
+)
 from client_service.data import batches, read_texts, token_blocks
 from client_service.split_model import SplitModelForCausalLM
 from client_service.training import StepMetrics, TrainingPlan, train
 from shared.bundled import private_train_file
+from shared.errors import CheckpointError, TrunklineError
+from shared.models.tensor_files import first_line
 
 _MIB = 1024**2
 
 
 @app.command("train")
 def train_command(
-    out: Annotated[Path, typer.Option(help="Folder for metrics.jsonl and adapter/.")],
+    context: typer.Context,
+    out: Annotated[
+        Path, typer.Option(help="Folder for run.json, metrics.jsonl, checkpoints/ and adapter/.")
+    ],
     model: ModelOption = "",
     trunk: TrunkOption = DEFAULT_TRUNK,
     data: Annotated[
@@ -75,6 +93,20 @@ def train_command(
         typer.Option(help="How the learning rate moves."),
     ] = "constant",
     warmup_steps: Annotated[int, typer.Option(help="Of the schedule.", min=0)] = 0,
+    checkpoint_every: Annotated[
+        int, typer.Option(help="Steps between two checkpoints in OUT/checkpoints; 0: none.", min=0)
+    ] = 0,
+    keep_last: Annotated[int, typer.Option(help="Checkpoints that stay.", min=1)] = 2,
+    resume: Annotated[
+        bool,
+        typer.Option(
+            "--resume",
+            help="Go on with the run in OUT from its newest checkpoint, with the options it had.",
+        ),
+    ] = False,
+    reconnect_timeout: Annotated[
+        float, typer.Option(help="Seconds: how long to wait for a trunk that is gone.", min=0)
+    ] = 600.0,
     chat: Annotated[
         bool, typer.Option("--chat", help="Talk with the model when it is trained.")
     ] = False,
@@ -82,54 +114,127 @@ def train_command(
     threads: ThreadsOption = 0,
 ) -> None:
     """Fine-tune through the split; write metrics and ONE adapter of the whole model."""
-    prepare(threads)
-    model = model_or_bundled(model)
-    texts = read_texts(data or private_train_file())
+    given = dict(context.params) | {"data": data, "peft_config": peft_config, "adapter": adapter}
+    settings = RunSettings(**{name: given[name] for name in RunSettings.__annotations__})
+    if resume:
+        settings = resumed_settings(out, settings, _named(context))
+    elif has_checkpoints(out / "checkpoints"):
+        raise CheckpointError(
+            f"{out}: has checkpoints of a run already; give --resume to go on with it, or another "
+            f"--out"
+        )
+    prepare(settings.threads)
+    _train(out, settings, resume)
+
+
+def _named(context: typer.Context) -> list[str]:
+    """Which options of a run were written on the command line."""
+    sources = ((n, context.get_parameter_source(n)) for n in RunSettings.__annotations__)
+    return [n for n, source in sources if source is not None and source.name == "COMMANDLINE"]
+
+
+def _train(out: Path, settings: RunSettings, resume: bool) -> None:
+    model = model_or_bundled(settings.model)
+    texts = read_texts(settings.data or private_train_file())
     tokenizer = load_tokenizer(model)
-    blocks = token_blocks(texts, tokenizer, seq_len)
-    config = None
-    if adapter is None:
-        config = read_peft_config(peft, peft_config, model, dropout, steps)
-    split = SplitModelForCausalLM.from_pretrained(
-        model,
-        trunk,
-        peft_config=config,
-        trunk_peft_config="same" if trunk_peft == "same" else None,
-        peft_parts=peft_parts,
-        adapter=adapter,
-        seed=seed,
-        dropout=dropout,
-        quantize=quantize,
-    )
+    blocks = token_blocks(texts, tokenizer, settings.seq_len)
+    if resume:
+        check_same_data(out, blocks)
+    split = _open(model, settings)
+    checkpoints = Checkpoints(out / "checkpoints", settings.checkpoint_every, settings.keep_last)
+    if settings.checkpoint_every:
+        check_can_be_saved(split)
+    start = checkpoints.newest(split) if resume else None
+    if not resume:
+        write_run(out, settings.anywhere(), blocks)
     plan = TrainingPlan(
-        steps=steps,
-        batch_size=batch_size,
-        lr=lr,
-        optimizer=optimizer,
-        grad_clip=grad_clip,
-        grad_accum=grad_accum,
-        schedule=lr_schedule,
-        warmup_steps=warmup_steps,
-        seed=seed,
+        steps=settings.steps,
+        batch_size=settings.batch_size,
+        lr=settings.lr,
+        optimizer=settings.optimizer,
+        grad_clip=settings.grad_clip,
+        grad_accum=settings.grad_accum,
+        schedule=settings.lr_schedule,
+        warmup_steps=settings.warmup_steps,
+        seed=settings.seed,
     )
-    run = train(split, batches(blocks, batch_size, seed), plan)
-    last = record(run, steps, out)
-    split.save_pretrained(out / "adapter")
-    show({"adapter": str(out / "adapter"), **last.as_dict()})
-    if chat:
-        talk(split, tokenizer, ChatOptions(seed=seed))
+    taken = start.batches_taken if start else 0
+    data = batches(blocks, settings.batch_size, settings.seed, taken)
+    restore = start.restore if start else None
+    run = train(split, data, plan, restore, checkpoints.save_if_due)
+    facts = _finish(run, settings.steps, out, start)
+    _write_adapter(split, out)
+    show({"adapter": str(out / "adapter"), **facts})
+    if settings.chat:
+        talk(split, tokenizer, ChatOptions(seed=settings.seed))
     split.remote_trunk.close()
 
 
-def record(run: Iterator[StepMetrics], steps: int, out: Path) -> StepMetrics:
-    """Writes ``metrics.jsonl`` and shows progress; returns the last step's metrics."""
-    out.mkdir(parents=True, exist_ok=True)
+def _open(model: str, settings: RunSettings) -> Any:
+    config = None
+    if settings.adapter is None:
+        config = read_peft_config(
+            settings.peft, settings.peft_config, model, settings.dropout, settings.steps
+        )
+    return SplitModelForCausalLM.from_pretrained(
+        model,
+        settings.trunk,
+        peft_config=config,
+        trunk_peft_config="same" if settings.trunk_peft == "same" else None,
+        peft_parts=settings.peft_parts,
+        adapter=settings.adapter,
+        seed=settings.seed,
+        dropout=settings.dropout,
+        quantize=settings.quantize,
+        reconnect_timeout_s=settings.reconnect_timeout,
+    )
+
+
+def _finish(
+    run: Iterator[StepMetrics], steps: int, out: Path, start: Checkpoint | None
+) -> dict[str, float]:
+    """Does the steps that are left; returns the last one's metrics."""
+    if start is None:
+        return record(run, steps, out).as_dict()
+    if start.step < steps:
+        typer.echo(f"Going on after step {start.step} of {steps}.", err=True)
+        return record(run, steps, out, start.step).as_dict()
+    collections.deque(run, maxlen=0)  # which puts the checkpoint's weights in place
+    cut_metrics(out, steps)
+    typer.echo(f"This run is complete: all {steps} steps are done.", err=True)
+    return {"step": start.step}
+
+
+def _write_adapter(split: Any, out: Path) -> None:
+    try:
+        remove_leftovers(out)
+        with replaced_folder(out / "adapter") as folder:
+            split.save_pretrained(folder)
+    except TrunklineError:
+        raise  # of the trunk, and some are OSErrors too
+    except OSError as error:
+        raise CheckpointError(
+            f"{out / 'adapter'}: was not written ({first_line(error)})"
+        ) from error
+
+
+def record(run: Iterator[StepMetrics], steps: int, out: Path, done: int = 0) -> StepMetrics:
+    """Writes ``metrics.jsonl`` and shows progress; returns the last step's metrics.
+
+    Args:
+        run: Yields what every step did.
+        steps: Of the whole run.
+        out: Folder of the run.
+        done: Steps done before, whose lines stay.
+    """
+    cut_metrics(out, done)
     last: StepMetrics | None = None
-    with (out / "metrics.jsonl").open("w", encoding="utf-8") as file, _progress() as progress:
-        task = progress.add_task("train", total=steps, facts="")
+    with (out / METRICS_FILE).open("a", encoding="utf-8") as file, _progress() as progress:
+        task = progress.add_task("train", total=steps, completed=done, facts="")
         for last in run:
             file.write(json.dumps(last.as_dict()) + "\n")
             file.flush()
+            os.fsync(file.fileno())  # a checkpoint of this step may follow, and counts on it
             progress.update(task, advance=1, facts=_facts(last))
     assert last is not None
     return last

@@ -47,7 +47,6 @@ class Inbox(Generic[M]):
         message_type: What the frames are.
         max_bytes: Most tensor bytes of a message, by its first frame.
         max_open_bytes: Most tensor bytes of all messages that are under way.
-        ids_grow: Refuse a message whose id is not larger than that of every one begun before.
     """
 
     def __init__(
@@ -55,13 +54,10 @@ class Inbox(Generic[M]):
         message_type: type[M],
         max_bytes: Callable[[M], int],
         max_open_bytes: int,
-        ids_grow: bool = False,
     ) -> None:
         self._type: type[M] = message_type
         self._max_bytes: Callable[[M], int] = max_bytes
         self._max_open_bytes = max_open_bytes
-        self._ids_grow = ids_grow
-        self._last_begun = 0
         self._open: dict[int, tuple[Incoming[M], TensorAssembly]] = {}
 
     def feed(self, raw: bytes) -> Incoming[M] | None:
@@ -88,9 +84,6 @@ class Inbox(Generic[M]):
         if message.id in self._open:
             del self._open[message.id]
             raise ProtocolError(f"message {message.id} begins twice")
-        last, self._last_begun = self._last_begun, max(self._last_begun, message.id)
-        if self._ids_grow and message.id <= last:
-            raise ProtocolError(f"message id {message.id} after {last}: ids only grow")
         assembly = TensorAssembly(list(message.tensors), self._max_bytes(message))
         under_way = sum(t.nbytes for m, _ in self._open.values() for t in m.tensors.values())
         size = sum(t.nbytes for t in assembly.tensors.values())

@@ -16,7 +16,8 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-from client_service.session import ForwardCall, SessionTerms, TrunkSession
+from client_service.calls import ForwardCall, SessionTerms
+from client_service.session import TrunkSession
 from shared.bundled import model_dir, private_train_file
 from shared.errors import TrunkUnavailableError
 from tests.conftest import Daemon, start_daemon
@@ -143,7 +144,7 @@ def test_sigterm_drains_and_exits_clean(tmp_path: Path) -> None:
         health = health_pb2_grpc.HealthStub(channel)
         request = health_pb2.HealthCheckRequest(service="trunkline.v1.TrunkService")
         assert health.Check(request).status == health_pb2.HealthCheckResponse.SERVING
-    session = TrunkSession(daemon.address, SessionTerms())
+    session = TrunkSession(daemon.address, SessionTerms(), reconnect_timeout_s=0)
     daemon.process.send_signal(signal.SIGTERM)
     assert daemon.process.wait(timeout=30) == 0
     with pytest.raises(TrunkUnavailableError):
@@ -169,8 +170,8 @@ def test_a_port_serves_one_daemon(trunkd: Callable[..., Daemon]) -> None:
 
 def test_a_silent_session_is_freed(tmp_path: Path) -> None:
     daemon = start_daemon(tmp_path, "--session-lease-s", "0.5")
-    session = TrunkSession(daemon.address, SessionTerms())
-    session._connection._reader.join(timeout=30)  # ends when the trunk ends the stream
+    session = TrunkSession(daemon.address, SessionTerms(), reconnect_timeout_s=0)
+    session._link._connection._reader.join(timeout=30)  # ends when the trunk ends the stream
     with pytest.raises(TrunkUnavailableError, match="lease"):
         session.forward(torch.zeros(1, 2, 128), ForwardCall())
     session.close()

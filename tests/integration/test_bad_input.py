@@ -16,7 +16,8 @@ from peft import LoraConfig, VeraConfig
 from client_service import SplitModelForCausalLM, TrainingClient
 from client_service.connection import SERVICE, open_channel
 from client_service.optimizer_spec import OptimizerSettings, adamw
-from client_service.session import CacheEdit, ForwardCall, SessionTerms, TrunkSession
+from client_service.calls import CacheEdit, ForwardCall, SessionTerms
+from client_service.session import TrunkSession
 from shared.adapters.config import config_to_json
 from shared.errors import (
     AdapterError,
@@ -95,14 +96,13 @@ def test_a_bad_forward_is_refused(what: str, session: TrunkSession) -> None:
 
 def raw(session: TrunkSession, tensors: list[pb.TensorSpec], data: bytes) -> None:
     """Sends a forward whose announcement and bytes are made up."""
-    connection = session._connection
-    request = pb.SessionRequest(forward=pb.Forward(), tensors=tensors)
-    with connection._lock:
-        request.id = next(connection._ids)
-        future: Future[Any] = Future()
-        connection._waiting[request.id] = future
-    connection._outgoing.put(encode_frame(request, data))
-    connection.wait(future)
+    link = session._link
+    request = pb.SessionRequest(id=link._next_id, forward=pb.Forward(), tensors=tensors)
+    link._next_id += 1
+    future: Future[Any] = Future()
+    link._connection._waiting[request.id] = future
+    link._connection._outgoing.put(encode_frame(request, data))
+    future.result(timeout=60)
 
 
 def spec(shape: list[int], data_type: int = pb.DATA_TYPE_FLOAT32) -> pb.TensorSpec:
@@ -133,9 +133,11 @@ def test_a_made_up_announcement_is_refused(
 def test_request_ids_are_used_once_and_in_order(session: TrunkSession) -> None:
     with pytest.raises(UnknownRequestError, match="no forward had this id"):
         session.backward(HIDDEN, "a")
-    session.forward(HIDDEN, HELD)
+    first = session.forward(HIDDEN, HELD)
+    again = session.forward(HIDDEN, HELD)
+    assert torch.equal(first.hidden_BTD, again.hidden_BTD)
     with pytest.raises(ReusedRequestError):
-        session.forward(HIDDEN, HELD)
+        session.forward(HIDDEN + 1, HELD)
     session.backward(HIDDEN, "a")
     with pytest.raises(UnknownRequestError, match="backward was done"):
         session.backward(HIDDEN, "a")

@@ -16,7 +16,8 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from peft import LoraConfig
 
 from client_service.optimizer_spec import adamw
-from client_service.session import ForwardCall, SessionTerms, TrunkSession
+from client_service.calls import ForwardCall, SessionTerms
+from client_service.session import TrunkSession
 from shared.adapters.config import config_to_json
 from shared.errors import DrainingError, TrunkUnavailableError, UnknownRequestError
 from tests.conftest import Daemon, start_daemon
@@ -36,6 +37,13 @@ def drain(daemon: Daemon) -> None:
         daemon.process.send_signal(signal.SIGTERM)
         assert next(states).status == health_pb2.HealthCheckResponse.NOT_SERVING
         states.cancel()
+        for service, expected in (
+            ("readiness", "NOT_SERVING"),
+            ("liveness", "SERVING"),
+            ("", "SERVING"),
+        ):
+            status = health.Check(health_pb2.HealthCheckRequest(service=service)).status
+            assert health_pb2.HealthCheckResponse.ServingStatus.Name(status) == expected
 
 
 def test_the_ready_file_says_what_is_served(bundled_trunk: Daemon) -> None:
@@ -51,7 +59,8 @@ def test_the_ready_file_says_what_is_served(bundled_trunk: Daemon) -> None:
 
 def test_draining_lets_an_open_step_finish_and_takes_nothing_new(tmp_path: Path) -> None:
     daemon = start_daemon(tmp_path, "--drain-timeout-s", "600")
-    session = TrunkSession(daemon.address, SessionTerms(peft_config_json=LORA))
+    terms = SessionTerms(peft_config_json=LORA)
+    session = TrunkSession(daemon.address, terms, reconnect_timeout_s=0)
     session.forward(HIDDEN, HELD)
     drain(daemon)
     with pytest.raises(DrainingError, match="no new forward"):

@@ -12,7 +12,8 @@ import torch
 
 from client_service.connection import SERVICE, open_channel
 from client_service.optimizer_spec import OptimizerSettings, adamw
-from client_service.session import ForwardCall, SessionTerms, TrunkSession
+from client_service.calls import ForwardCall, SessionTerms
+from client_service.session import TrunkSession
 from shared.errors import AdapterError, OptimizerError, TensorError
 from shared.pb.trunkline.v1 import trunk_pb2 as pb
 from shared.wire.error_codes import to_exception
@@ -94,12 +95,18 @@ def test_frames_of_two_requests_may_interleave(peer: Peer) -> None:
     assert [(a.id, a.WhichOneof("body")) for a in answers] == [(3, "forward"), (2, "forward")]
 
 
-@pytest.mark.parametrize("number", [1, 0])
-def test_message_ids_only_grow(number: int, peer: Peer) -> None:
-    peer.send(pb.SessionRequest(id=number, release=pb.Release()))
-    assert "ids only grow" in peer.receive().error.message
-    peer.send(pb.SessionRequest(id=2, release=pb.Release()))
+def test_a_message_that_comes_again_is_not_done_again(peer: Peer) -> None:
+    tensors = {"hidden_states": HIDDEN}
+    frames = list(to_frames(pb.SessionRequest(id=5, forward=pb.Forward()), tensors))
+    for frame in (*frames, *frames):
+        peer.send_frame(frame)
+    assert [peer.receive().id for _ in range(2)] == [5, 5]
+    peer.send(pb.SessionRequest(id=5, release=pb.Release()))
+    assert "was a forward before" in peer.receive().error.message
+    peer.send(pb.SessionRequest(id=6, acknowledged=5, release=pb.Release()))
     assert peer.receive().WhichOneof("body") == "release"
+    peer.send_frame(frames[0])
+    assert "is not kept any more" in peer.receive().error.message
 
 
 FULL = (2, 1, 6, 6)
@@ -120,7 +127,7 @@ FULL = (2, 1, 6, 6)
 def test_a_mask_attention_cannot_use_is_refused(mask: torch.Tensor, daemon: Daemon) -> None:
     session = open_session(daemon)
     with pytest.raises(TensorError, match="attention_mask"):
-        session._connection.ask(
+        session._link.ask(
             pb.SessionRequest(forward=pb.Forward()),
             {"hidden_states": HIDDEN, "attention_mask": mask},
         )

@@ -17,7 +17,8 @@ from transformers.optimization import Adafactor
 
 from client_service import SplitModelForCausalLM
 from client_service.optimizer_spec import OptimizerSettings, adamw
-from client_service.session import ForwardCall, SessionTerms, TrunkSession
+from client_service.calls import ForwardCall, SessionTerms
+from client_service.session import TrunkSession
 from client_service.whole import whole_twin
 from shared.adapters.config import config_to_json
 from shared.errors import AdapterError, OptimizerError, ProtocolError, TensorError
@@ -354,7 +355,7 @@ def test_a_pickle_is_never_read(folder: Path, daemon: Daemon, tmp_path: Path) ->
     name = next(iter(session.adapter()))
     raw = torch.frombuffer(bytearray(pickled()), dtype=torch.uint8)
     with pytest.raises((AdapterError, TensorError, ProtocolError)):
-        session._connection.ask(request, {f"adapter/{name}": raw})
+        session._link.ask(request, {f"adapter/{name}": raw})
     assert same(model.joined_adapter().weights, before)
 
 

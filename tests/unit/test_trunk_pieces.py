@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from concurrent.futures import Future
 
 import pytest
 import torch
@@ -15,20 +16,122 @@ from trunk_service.requests import ForwardRequest
 from trunk_service.scheduler import Scheduler
 
 
-def test_waiting_tenants_take_turns_and_each_keeps_its_order() -> None:
-    scheduler = Scheduler(workers=1, threads_per_worker=1)
-    gate, ran = threading.Event(), list[str]()
-    futures = [scheduler.submit("first", gate.wait)]
-    for tenant in ("greedy", "greedy", "greedy", "modest"):
-        label = f"{tenant}{len(futures)}"
-        futures.append(scheduler.submit(tenant, lambda text=label: ran.append(text)))
-    gate.set()
-    scheduler.stop()
-    assert all(future.done() for future in futures)
-    assert ran == ["greedy1", "modest4", "greedy2", "greedy3"]
+class Clock:
+    """Time that passes only inside of tasks that say so."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
 
 
-def test_tasks_of_one_tenant_never_overlap() -> None:
+class Script:
+    """One worker, held back until everything is submitted; notes what ran, in order."""
+
+    def __init__(self) -> None:
+        self.clock, self.ran = Clock(), list[str]()
+        self.scheduler = Scheduler(workers=1, threads_per_worker=1, clock=self.clock)
+        self._futures = list[Future[None]]()
+        self._gate, started = threading.Event(), threading.Event()
+        self.scheduler.submit("gate", "gate", lambda: (started.set(), self._gate.wait()))
+        assert started.wait(10)
+
+    def submit(
+        self, tenant: str, seconds: float = 1.0, session: str = "a", then: str = ""
+    ) -> Future[None]:
+        """Adds a task, at whose end the tenant ``then`` adds one too."""
+
+        def work() -> None:
+            self.ran.append(tenant + session)
+            self.clock.now += seconds
+            if then:
+                self.submit(then)
+
+        self._futures.append(self.scheduler.submit(tenant, session, work))
+        return self._futures[-1]
+
+    def run(self) -> list[str]:
+        self._gate.set()
+        while self._futures:
+            if not (future := self._futures.pop()).cancelled():
+                future.result(10)
+        self.scheduler.stop()
+        return self.ran
+
+
+def test_sessions_of_a_tenant_take_turns_and_each_keeps_its_order() -> None:
+    script = Script()
+    for session in ("a", "a", "a", "b"):
+        script.submit("one-", session=session)
+    assert script.run() == ["one-a", "one-b", "one-a", "one-a"]
+
+
+def test_a_tenant_with_many_sessions_gets_no_more_than_one_with_one() -> None:
+    script = Script()
+    for session in "abcdef":
+        script.submit("greedy-", session=session)
+    for _ in range(3):
+        script.submit("modest-", session="m")
+    turns = [name.partition("-")[0] for name in script.run()]
+    assert turns == ["greedy", "modest"] * 3 + ["greedy"] * 3
+
+
+def test_what_is_shared_is_time_and_not_the_number_of_tasks() -> None:
+    script = Script()
+    for _ in range(3):
+        script.submit("long-", seconds=4.0)
+    for _ in range(8):
+        script.submit("short-", seconds=1.0)
+    turns = [name.partition("-")[0] for name in script.run()]
+    assert turns == ["long", *["short"] * 4, "long", *["short"] * 4, "long"]
+
+
+def test_who_was_away_has_saved_up_nothing() -> None:
+    script = Script()
+    for _ in range(5):
+        script.submit("here-")
+    for then in ("away-", "away-", ""):
+        script.submit("here-", then=then, session="b")
+    # Had the time that it was not there counted, both of its tasks would come before the next "here".
+    assert script.run() == [
+        *("here-a", "here-b", "here-a"),
+        *("away-a", "here-b", "here-a"),
+        *("away-a", "here-b", "here-a", "here-a"),
+    ]
+
+
+def test_who_was_away_keeps_its_debt() -> None:
+    script = Script()
+    script.submit("debtor-", seconds=10.0)
+    script.submit("other-", then="debtor-")
+    for _ in range(3):
+        script.submit("other-", seconds=3.0)
+    assert script.run() == ["debtor-a", *["other-a"] * 4, "debtor-a"]
+
+
+def test_tenants_that_left_are_forgotten() -> None:
+    script = Script()
+    for number in range(20):
+        script.submit(f"tenant{number}")
+    assert script.scheduler.queue_depths()["tenant7"] == 1
+    script.run()
+    assert script.scheduler.queue_depths() == {}
+    assert script.scheduler.idle
+    assert len(script.scheduler._tenants) <= 1
+
+
+def test_what_a_task_waited_and_ran_is_told() -> None:
+    script, told = Script(), list[tuple[str, float, float]]()
+    script.scheduler.observe(lambda *done: told.append(done))
+    script.submit("one", seconds=2.0)
+    script.submit("one", seconds=3.0)
+    script.submit("one").cancel()
+    script.run()
+    assert told == [("gate", 0.0, 0.0), ("one", 0.0, 2.0), ("one", 2.0, 3.0)]
+
+
+def test_tasks_of_one_session_never_overlap() -> None:
     scheduler = Scheduler(workers=4, threads_per_worker=1)
     running, overlaps = set[int](), list[int]()
 
@@ -39,29 +142,57 @@ def test_tasks_of_one_tenant_never_overlap() -> None:
         running.discard(number)
 
     for number in range(40):
-        scheduler.submit("one", lambda n=number: work(n))
+        scheduler.submit("one", "a", lambda n=number: work(n))
     scheduler.stop()
     assert overlaps == []
 
 
-def test_a_full_queue_and_a_stopped_scheduler_refuse() -> None:
-    scheduler = Scheduler(workers=1, threads_per_worker=1, max_queued_per_tenant=1)
+def test_sessions_of_one_tenant_run_side_by_side() -> None:
+    scheduler = Scheduler(workers=2, threads_per_worker=1)
+    both = threading.Barrier(2)
+    futures = [scheduler.submit("one", s, lambda: both.wait(10)) for s in ("a", "b")]
+    assert {future.result(20) for future in futures} == {0, 1}
+    scheduler.stop()
+
+
+@pytest.mark.parametrize(("other", "threads"), [(None, 3), (("one", "b"), 1), (("two", "a"), 1)])
+def test_adaptive_gives_all_threads_to_a_session_that_is_alone(
+    other: tuple[str, str] | None, threads: int
+) -> None:
+    # The clock stands still, so that tenants have used the same and take turns.
+    scheduler = Scheduler(workers=1, threads_per_worker=3, adaptive=True, clock=Clock())
     gate, started = threading.Event(), threading.Event()
-    scheduler.submit("a", lambda: (started.set(), gate.wait()))
+    scheduler.submit("one", "a", lambda: (started.set(), gate.wait()))
     assert started.wait(10)
-    scheduler.submit("a", bool)
+    found = scheduler.submit("one", "a", torch.get_num_threads)
+    if other is not None:
+        # Two, so that one still waits whichever comes first.
+        scheduler.submit(*other, bool), scheduler.submit(*other, bool)
+    gate.set()
+    assert found.result(10) == threads
+    scheduler.stop()
+
+
+def test_a_full_queue_and_a_stopped_scheduler_refuse() -> None:
+    scheduler = Scheduler(workers=1, threads_per_worker=1, max_queued=1)
+    gate, started = threading.Event(), threading.Event()
+    scheduler.submit("one", "a", lambda: (started.set(), gate.wait()))
+    assert started.wait(10)
+    scheduler.submit("one", "a", bool)
     with pytest.raises(ResourceExhaustedError):
-        scheduler.submit("a", bool)
-    scheduler.submit("b", bool)
+        scheduler.submit("one", "a", bool)
+    scheduler.submit("one", "a", bool, over_limit=True)
+    scheduler.submit("one", "b", bool)
     gate.set()
     scheduler.stop()
     with pytest.raises(DrainingError):
-        scheduler.submit("a", bool)
+        scheduler.submit("one", "a", bool)
 
 
 def test_a_failing_task_fails_alone() -> None:
     scheduler = Scheduler(workers=1, threads_per_worker=1)
-    bad, good = scheduler.submit("a", lambda: 1 // 0), scheduler.submit("a", lambda: 7)
+    bad = scheduler.submit("one", "a", lambda: 1 // 0)
+    good = scheduler.submit("one", "a", lambda: 7)
     assert good.result(10) == 7
     assert isinstance(bad.exception(10), ZeroDivisionError)
     scheduler.stop()

@@ -299,10 +299,13 @@ class SessionRequest(_message.Message):
     LIST_ADAPTERS_FIELD_NUMBER: _builtins.int
     IMPORTANCE_FIELD_NUMBER: _builtins.int
     ALLOCATE_FIELD_NUMBER: _builtins.int
+    CLOSE_FIELD_NUMBER: _builtins.int
     DATA_FIELD_NUMBER: _builtins.int
     ACKNOWLEDGED_FIELD_NUMBER: _builtins.int
     id: _builtins.int
-    """Grows by at least one with every new message of a session."""
+    """Grows by at least one with every new message of a session. A message that comes again under its
+    id is not done again: it gets the answer that the first got.
+    """
     data: _builtins.bytes
     acknowledged: _builtins.int
     """Answers to all ids up to this one have arrived: the trunk need not keep them any more."""
@@ -332,6 +335,8 @@ class SessionRequest(_message.Message):
     def importance(self) -> Global___Importance: ...
     @_builtins.property
     def allocate(self) -> Global___Allocate: ...
+    @_builtins.property
+    def close(self) -> Global___Close: ...
     def __init__(
         self,
         *,
@@ -349,14 +354,15 @@ class SessionRequest(_message.Message):
         list_adapters: Global___ListAdapters | None = ...,
         importance: Global___Importance | None = ...,
         allocate: Global___Allocate | None = ...,
+        close: Global___Close | None = ...,
         data: _builtins.bytes = ...,
         acknowledged: _builtins.int = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["add_adapter", b"add_adapter", "allocate", b"allocate", "backward", b"backward", "body", b"body", "forward", b"forward", "importance", b"importance", "list_adapters", b"list_adapters", "open", b"open", "release", b"release", "remove_adapter", b"remove_adapter", "restore", b"restore", "snapshot", b"snapshot", "step", b"step"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["add_adapter", b"add_adapter", "allocate", b"allocate", "backward", b"backward", "body", b"body", "close", b"close", "forward", b"forward", "importance", b"importance", "list_adapters", b"list_adapters", "open", b"open", "release", b"release", "remove_adapter", b"remove_adapter", "restore", b"restore", "snapshot", b"snapshot", "step", b"step"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["acknowledged", b"acknowledged", "add_adapter", b"add_adapter", "allocate", b"allocate", "backward", b"backward", "body", b"body", "data", b"data", "forward", b"forward", "id", b"id", "importance", b"importance", "list_adapters", b"list_adapters", "open", b"open", "release", b"release", "remove_adapter", b"remove_adapter", "restore", b"restore", "snapshot", b"snapshot", "step", b"step", "tensors", b"tensors"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["acknowledged", b"acknowledged", "add_adapter", b"add_adapter", "allocate", b"allocate", "backward", b"backward", "body", b"body", "close", b"close", "data", b"data", "forward", b"forward", "id", b"id", "importance", b"importance", "list_adapters", b"list_adapters", "open", b"open", "release", b"release", "remove_adapter", b"remove_adapter", "restore", b"restore", "snapshot", b"snapshot", "step", b"step", "tensors", b"tensors"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_body: _TypeAlias = _typing.Literal["open", "forward", "backward", "step", "release", "snapshot", "restore", "add_adapter", "remove_adapter", "list_adapters", "importance", "allocate"]  # noqa: Y015
+    _WhichOneofReturnType_body: _TypeAlias = _typing.Literal["open", "forward", "backward", "step", "release", "snapshot", "restore", "add_adapter", "remove_adapter", "list_adapters", "importance", "allocate", "close"]  # noqa: Y015
     _WhichOneofArgType_body: _TypeAlias = _typing.Literal["body", b"body"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_body) -> _WhichOneofReturnType_body | None: ...
 
@@ -381,6 +387,7 @@ class SessionResponse(_message.Message):
     LIST_ADAPTERS_FIELD_NUMBER: _builtins.int
     IMPORTANCE_FIELD_NUMBER: _builtins.int
     ALLOCATE_FIELD_NUMBER: _builtins.int
+    CLOSE_FIELD_NUMBER: _builtins.int
     DATA_FIELD_NUMBER: _builtins.int
     id: _builtins.int
     data: _builtins.bytes
@@ -412,6 +419,8 @@ class SessionResponse(_message.Message):
     def importance(self) -> Global___ImportanceResult: ...
     @_builtins.property
     def allocate(self) -> Global___AllocateResult: ...
+    @_builtins.property
+    def close(self) -> Global___CloseResult: ...
     def __init__(
         self,
         *,
@@ -430,13 +439,14 @@ class SessionResponse(_message.Message):
         list_adapters: Global___ListAdaptersResult | None = ...,
         importance: Global___ImportanceResult | None = ...,
         allocate: Global___AllocateResult | None = ...,
+        close: Global___CloseResult | None = ...,
         data: _builtins.bytes = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["add_adapter", b"add_adapter", "allocate", b"allocate", "backward", b"backward", "body", b"body", "error", b"error", "forward", b"forward", "importance", b"importance", "list_adapters", b"list_adapters", "open", b"open", "release", b"release", "remove_adapter", b"remove_adapter", "restore", b"restore", "snapshot", b"snapshot", "step", b"step"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["add_adapter", b"add_adapter", "allocate", b"allocate", "backward", b"backward", "body", b"body", "close", b"close", "error", b"error", "forward", b"forward", "importance", b"importance", "list_adapters", b"list_adapters", "open", b"open", "release", b"release", "remove_adapter", b"remove_adapter", "restore", b"restore", "snapshot", b"snapshot", "step", b"step"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["add_adapter", b"add_adapter", "allocate", b"allocate", "backward", b"backward", "body", b"body", "data", b"data", "error", b"error", "forward", b"forward", "id", b"id", "importance", b"importance", "list_adapters", b"list_adapters", "open", b"open", "release", b"release", "remove_adapter", b"remove_adapter", "restore", b"restore", "snapshot", b"snapshot", "step", b"step", "tensors", b"tensors"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["add_adapter", b"add_adapter", "allocate", b"allocate", "backward", b"backward", "body", b"body", "close", b"close", "data", b"data", "error", b"error", "forward", b"forward", "id", b"id", "importance", b"importance", "list_adapters", b"list_adapters", "open", b"open", "release", b"release", "remove_adapter", b"remove_adapter", "restore", b"restore", "snapshot", b"snapshot", "step", b"step", "tensors", b"tensors"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_body: _TypeAlias = _typing.Literal["open", "forward", "backward", "step", "release", "snapshot", "restore", "error", "add_adapter", "remove_adapter", "list_adapters", "importance", "allocate"]  # noqa: Y015
+    _WhichOneofReturnType_body: _TypeAlias = _typing.Literal["open", "forward", "backward", "step", "release", "snapshot", "restore", "error", "add_adapter", "remove_adapter", "list_adapters", "importance", "allocate", "close"]  # noqa: Y015
     _WhichOneofArgType_body: _TypeAlias = _typing.Literal["body", b"body"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_body) -> _WhichOneofReturnType_body | None: ...
 
@@ -1290,3 +1300,37 @@ class AllocateResult(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___AllocateResult: _TypeAlias = AllocateResult  # noqa: Y015
+
+@_typing.final
+class Close(_message.Message):
+    """The client's last message: the session is freed when the stream ends. Without it, the trunk takes
+    the end for a broken connection and keeps the session for a while.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Close: _TypeAlias = Close  # noqa: Y015
+
+@_typing.final
+class CloseResult(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___CloseResult: _TypeAlias = CloseResult  # noqa: Y015

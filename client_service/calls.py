@@ -1,0 +1,73 @@
+"""What a client asks of a trunk and is answered, as plain values.
+
+Dimension letters: B batch, T tokens, D model dimension.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+
+
+@dataclass(frozen=True)
+class SessionTerms:
+    """What a client expects of a trunk and asks of it."""
+
+    split: tuple[int, int] | None = None
+    """First block of the trunk and first block above; None takes what the trunk serves."""
+    weight_digest: str | None = None
+    """None where the client cannot know it: then it is not checked."""
+    peft_config_json: str = ""
+    """Empty for a frozen trunk."""
+    seed: int = 0
+    dropout: float | None = None
+    wire_dtype: torch.dtype = torch.float32
+
+
+@dataclass(frozen=True)
+class CacheEdit:
+    """A change of the trunk's cache before a forward; exactly one is set."""
+
+    reorder: list[int] | None = None
+    remove_tokens: int | None = None
+    repeats: int | None = None
+    reset: bool = False
+
+
+@dataclass(frozen=True)
+class ForwardCall:
+    """What goes with hidden states; see ``Forward`` in the protocol."""
+
+    attention_mask: torch.Tensor | None = None
+    position_ids: torch.Tensor | None = None
+    request_id: str = ""
+    keep_graph: bool = False
+    training: bool = False
+    step: int = 0
+    micro: int = 0
+    cache_id: str = ""
+    cache_edits: list[CacheEdit] = field(default_factory=list)
+    adapter: str = ""
+    """Empty is the session's own, of its terms."""
+    without_adapter: bool = False
+
+
+@dataclass(frozen=True)
+class ForwardReply:
+    """What the trunk gave: hidden states [B, T, D], and AdaLoRA's orthogonality term."""
+
+    hidden_BTD: torch.Tensor
+    penalty: float = 0.0
+    penalty_terms: int = 0
+    """Matrices that ``penalty`` is the sum over; 0 for another method."""
+
+
+@dataclass(frozen=True)
+class AdapterEntry:
+    """One adapter of the session on the trunk."""
+
+    name: str
+    peft_config_json: str
+    trainable_parameters: int
+    committed_step: int

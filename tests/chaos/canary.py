@@ -1,0 +1,131 @@
+"""A secret in the training text is nowhere on the trunk's side, nor on the wire.
+
+Looked through: every byte both ways, the trunk's log, what it wrote to disk, its metrics, its
+memory. The same search finds the secret where it is known to be (the client's memory and text), or
+the experiment is broken: a search that finds nothing anywhere shows nothing.
+"""
+
+from __future__ import annotations
+
+import random
+import signal
+import tempfile
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+from transformers import AutoTokenizer
+
+from tests.chaos.needles import Needles, readable_memory, search
+from tests.chaos.options import Options
+from tests.chaos.processes import START_TIMEOUT_S, Training, Trunk, free_port, wait_until
+from tests.chaos.relay import Relay
+from tests.chaos.report import Report
+from tests.chaos.stage import Stage
+
+_ALPHABET = "ABCDEFGHJKLMNPQRSTUVWXYZ23456789"
+_CHARACTERS = 40
+_REPEATS = 200
+# Only ids of two bytes and more say something in every form.
+_SMALLEST_ID = 256
+
+
+def run(stage: Stage, options: Options, report: Report) -> None:
+    steps = 60 if options.short else 400
+    secret, ids = _secret(stage, options.seed)
+    needles = Needles(secret, ids)
+    text = stage.folder / "secret.txt"
+    text.write_text(f"{secret}\n" * _REPEATS, encoding="utf-8")
+
+    own = stage.folder / "trunk_files"
+    own.mkdir()
+    before = _files_of(Path(tempfile.gettempdir()))
+    metrics = f"127.0.0.1:{free_port()}"
+    trunk = Trunk(
+        stage,
+        "trunk",
+        "--log-level",
+        "debug",
+        "--metrics",
+        metrics,
+        environment={"TMPDIR": str(own), "HOME": str(own)},
+    )
+    child = trunk.running()
+    relay = Relay(trunk.address, record=True)
+    stage.exits.callback(relay.close)
+    training = Training(stage, "canary", relay.address, steps, checkpoint_every=10, text=text)
+    client = training.start()
+    wait_until(training.past(steps // 2), [client, child], START_TIMEOUT_S, "half of the run")
+    client.send(signal.SIGSTOP)
+    # While it is in the middle of a step, on both sides.
+    memories = list(_memory("trunk's memory", child.pid))
+    where_it_is = search(needles, _memory("client's memory", client.pid))
+    client.send(signal.SIGCONT)
+    training.finish(START_TIMEOUT_S)
+    with urllib.request.urlopen(f"http://{metrics}/metrics", timeout=10) as answer:
+        shown = answer.read()
+    memories += _memory("trunk's memory afterwards", child.pid)
+    child.send(signal.SIGTERM)
+    child.wait(START_TIMEOUT_S, "the trunk")
+
+    new = _files_of(Path(tempfile.gettempdir())) - before
+    ours = stage.folder.resolve()
+    written = [p for p in new if ours not in p.resolve().parents] + list(_files_of(own))
+    places = [
+        *(("wire", stream) for stream in relay.recorded),
+        ("log", trunk.log.read_bytes()),
+        ("metrics", shown),
+        *((str(path), path.read_bytes()) for path in written if path.is_file()),
+    ]
+    found = search(needles, [*places, *memories])
+    report.note(
+        secret_ids=len(ids),
+        forms=sorted(needles.forms),
+        wire_bytes=sum(len(stream) for stream in relay.recorded),
+        log_bytes=trunk.log.stat().st_size,
+        metrics_bytes=len(shown),
+        files=len(written),
+        memory_bytes=sum(len(data) for _, data in memories),
+        found=found,
+        found_in_client=sorted(set(where_it_is)),
+    )
+    report.require(not found, f"the secret is on the trunk's side: {found}")
+    held = {entry.partition(": ")[2] for entry in where_it_is}
+    report.require(
+        {"UTF-8", "int64"} <= held, f"the search did not find it in the client, only {held}"
+    )
+    planted = b"".join(next(iter(forms)) for forms in needles.forms.values())
+    missed = needles.forms.keys() - set(needles.found_in(planted))
+    report.require(not missed, f"the search does not see {missed}")
+
+
+def _secret(stage: Stage, seed: int) -> tuple[str, list[int]]:
+    """Random text whose ids are the same wherever it stands in the training text."""
+    tokenizer = AutoTokenizer.from_pretrained(stage.model)
+    chance = random.Random(f"canary {seed}")
+    unusual = [i for i in range(_SMALLEST_ID, len(tokenizer)) if _is_word(tokenizer, i)]
+    while True:
+        # Letters by chance, then tokens by chance: pieces of words in no order of any language.
+        letters = "".join(chance.choices(_ALPHABET, k=_CHARACTERS))
+        words = tokenizer.decode(chance.sample(unusual, 16))
+        secret = f"{letters} {words.strip()}"
+        ids: list[int] = tokenizer(f"{secret}\n", add_special_tokens=False)["input_ids"]
+        tail = [i for i in ids if i >= _SMALLEST_ID]
+        if len(tail) >= 12 and "  " not in secret:
+            return secret, ids
+
+
+def _is_word(tokenizer: object, token: int) -> bool:
+    text = tokenizer.decode([token])  # type: ignore[attr-defined]
+    return text.startswith(" ") and text[1:].isascii() and text[1:].isalpha()
+
+
+def _memory(name: str, pid: int) -> Iterator[tuple[str, bytes]]:
+    return ((name, data) for data in readable_memory(pid))
+
+
+def _files_of(folder: Path) -> set[Path]:
+    found = set()
+    for path in folder.rglob("*"):
+        found.add(path)
+    return found

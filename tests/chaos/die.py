@@ -1,0 +1,173 @@
+"""Clients that open a session, send a forward and die; the trunk ends up as it was.
+
+The trunk is looked at when it is quiet: all sessions freed, its resident memory the same for some
+seconds. It was warmed by as many dying clients as the first look says; the last look is compared
+with that one, since an allocator and gRPC's own pools need some load to reach their working size.
+"""
+
+from __future__ import annotations
+
+import json
+import signal
+import time
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import psutil
+
+from shared.pb.trunkline.v1 import trunk_pb2 as pb
+from tests.chaos.options import Options
+from tests.chaos.processes import START_TIMEOUT_S, Child, Trunk, wait_until
+from tests.chaos.raw import RawSession
+from tests.chaos.relay import Relay
+from tests.chaos.report import BrokenError, Report
+from tests.chaos.stage import Stage
+
+RESUME_WINDOW_S = 1
+MEMORY_BOUND = 0.02
+_QUIET_TIMEOUT_S = 60.0
+_UNCHANGED_S = 4.0  # an idle trunk gives freed memory back within two seconds
+
+
+@dataclass(frozen=True)
+class Look:
+    """What a quiet trunk has."""
+
+    sessions: int
+    tensors: int
+    descriptors: int
+    resident_bytes: int
+
+
+def run(stage: Stage, options: Options, report: Report) -> None:
+    cycles = options.cycles or (300 if options.short else 2000)
+    warming = cycles // 10
+    killed = 2 if options.short else 20
+    counts = stage.folder / "counts.json"
+    trunk = Trunk(
+        stage,
+        "trunk",
+        "--resume-window-s",
+        str(RESUME_WINDOW_S),
+        module="tests.chaos.counted_trunk",
+        environment={"CHAOS_COUNTS": str(counts)},
+    )
+    child = trunk.running()
+    relay = Relay(trunk.address)
+    stage.exits.callback(relay.close)
+    watch = Watch(child, counts)
+    first = watch.look()
+    _die(relay, warming)
+    warm = watch.look()
+    started = time.monotonic()
+    _die(relay, cycles - warming)
+    per_second = (cycles - warming) / (time.monotonic() - started)
+    _kill_processes(stage, trunk, killed)
+    last = watch.look()
+    growth = last.resident_bytes / warm.resident_bytes - 1
+    report.note(
+        cycles=cycles,
+        cycles_per_s=round(per_second, 1),
+        killed_processes=killed,
+        at_start=asdict(first),
+        warm_after=warming,
+        warm=asdict(warm),
+        last=asdict(last),
+        memory_growth=round(growth, 4),
+    )
+    report.require(last.sessions == 0, f"{last.sessions} sessions are left")
+    report.require(
+        last.tensors <= first.tensors,
+        f"{last.tensors} tensors are alive, {first.tensors} were at the start",
+    )
+    report.require(
+        last.descriptors <= warm.descriptors,
+        f"{last.descriptors} file descriptors are open, {warm.descriptors} were",
+    )
+    report.require(
+        growth <= MEMORY_BOUND, f"resident memory grew by {growth:.1%}, bound {MEMORY_BOUND:.0%}"
+    )
+
+
+class Watch:
+    """Looks at a trunk once it is quiet.
+
+    Args:
+        child: A process of ``tests.chaos.counted_trunk``.
+        counts: The file it counts into.
+    """
+
+    def __init__(self, child: Child, counts: Any) -> None:
+        self._child, self._counts = child, counts
+        self._process = psutil.Process(child.pid)
+
+    def look(self) -> Look:
+        """Waits until nothing is left of any client and memory is settled.
+
+        Raises:
+            BrokenError: If that does not come.
+        """
+        deadline = time.monotonic() + _QUIET_TIMEOUT_S
+        counted = self._count()
+        while counted["sessions"]:
+            if time.monotonic() > deadline:
+                raise BrokenError(f"{counted['sessions']} sessions are not freed")
+            counted = self._count()
+        last, since = self._resident, time.monotonic()
+
+        def settled() -> bool:
+            nonlocal last, since
+            now = self._resident
+            if now != last:
+                last, since = now, time.monotonic()
+            return time.monotonic() - since > _UNCHANGED_S
+
+        wait_until(settled, [self._child], _QUIET_TIMEOUT_S, "memory that settles")
+        counted = self._count()
+        return Look(counted["sessions"], counted["tensors"], self._process.num_fds(), last)
+
+    @property
+    def _resident(self) -> int:
+        return int(self._process.memory_info().rss)
+
+    def _count(self) -> dict[str, int]:
+        self._counts.unlink(missing_ok=True)
+        self._child.send(signal.SIGUSR1)
+        wait_until(self._counts.exists, [self._child], _QUIET_TIMEOUT_S, "the trunk's count")
+        counted: dict[str, int] = json.loads(self._counts.read_text(encoding="utf-8"))
+        return counted
+
+
+def _die(relay: Relay, cycles: int) -> None:
+    """Opens, forwards and dies; every other time the connection is reset under the client."""
+    for number in range(cycles):
+        session = RawSession(relay.address)
+        opened = session.open()
+        while opened.error.code == pb.ERROR_CODE_RESOURCE_EXHAUSTED:
+            time.sleep(opened.error.retry_after_s)  # as it is told to
+            opened = session.open()
+        if opened.WhichOneof("body") != "open":
+            raise BrokenError(f"no session was opened in cycle {number}: {opened.error.message}")
+        session.send_held_forward("never asked for again")
+        answer = session.receive()
+        if answer.WhichOneof("body") != "forward":
+            raise BrokenError(f"no forward in cycle {number}: {answer.error.message}")
+        if number % 2:
+            relay.cut()
+        session.abandon()
+
+
+def _kill_processes(stage: Stage, trunk: Trunk, count: int) -> None:
+    """Two at a time: a start is mostly imports, and there are two cores."""
+    log = stage.folder / "dying.log"
+    left = count
+    while left > 0:
+        pair = [
+            Child(stage, ["-m", "tests.chaos.dying_client", trunk.address], log)
+            for _ in range(min(2, left))
+        ]
+        for child in pair:
+            status = child.wait(START_TIMEOUT_S, "a dying client")
+            if status != -signal.SIGKILL:
+                raise BrokenError(f"a dying client ended with {status}: {child.said()}")
+        left -= len(pair)

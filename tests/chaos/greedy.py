@@ -1,0 +1,172 @@
+"""A tenant that floods the trunk and one that trains; then memory that runs out in a request.
+
+The other tenant's steps are timed with and without the flood, in turns, in one run of its own: a
+stopped process floods nothing. Step times of two turns next to each other see the same machine.
+"""
+
+from __future__ import annotations
+
+import json
+import signal
+from typing import Any
+
+import torch
+
+from client_service.calls import ForwardCall, SessionTerms
+from client_service.certificates import write_certificates
+from client_service.optimizer_spec import adamw
+from client_service.session import TrunkSession
+from shared.errors import ResourceExhaustedError
+from tests.chaos.metrics import MetricsTail, require_same_run
+from tests.chaos.options import Options
+from tests.chaos.processes import START_TIMEOUT_S, Child, Training, Trunk, wait_until
+from tests.chaos.raw import STATES_BTD
+from tests.chaos.report import Report, percentile
+from tests.chaos.stage import LORA, Stage
+
+RATIO_BOUND = 1.2
+# Room for the graphs of some forwards of a tenant, not of many.
+_TENANT_HELD_BYTES = 4_000_000
+_TURN = 50
+# The first steps of a turn still see what the one before left under way.
+_LEFT_OUT = 3
+MEMORY_FAILPOINTS = "trunk.forward.after=memory@3,trunk.backward.before=memory@2"
+
+
+def run(stage: Stage, options: Options, report: Report) -> None:
+    turns = 12 if options.short else 60
+    _flooded(stage, report, turns)
+    _out_of_memory(stage, report)
+
+
+def _flooded(stage: Stage, report: Report, turns: int) -> None:
+    certificates = stage.folder / "certificates"
+    write_certificates(certificates, tenants=("greedy", "other"))
+    trunk = Trunk(
+        stage,
+        "trunk",
+        "--tls",
+        str(certificates / "server"),
+        "--tenant-held-bytes",
+        str(_TENANT_HELD_BYTES),
+    )
+    trunk.start()
+    tls = {"TRUNKLINE_TLS": str(certificates / "clients" / "other")}
+    steps = turns * _TURN
+    reference = Training(stage, "undisturbed", trunk.address, steps, environment=tls)
+    other = Training(stage, "other", trunk.address, steps, environment=tls)
+    trunk.running()
+    reference.start()
+    reference.finish(START_TIMEOUT_S + steps)
+
+    folder = str(certificates / "clients" / "greedy")
+    greedy = Child(
+        stage, ["-m", "tests.chaos.flood", trunk.address, folder], stage.folder / "flood.log"
+    )
+    wait_until(lambda: _refused(greedy) > 0, [greedy], START_TIMEOUT_S, "the first refusal")
+    greedy.send(signal.SIGSTOP)
+    client = other.start()
+    for turn in range(1, turns):
+        wait_until(other.past(turn * _TURN), [client, greedy], START_TIMEOUT_S, f"turn {turn}")
+        greedy.send(signal.SIGCONT if turn % 2 else signal.SIGSTOP)
+    other.finish(START_TIMEOUT_S)
+    greedy.send(signal.SIGCONT)
+    _compare(report, other.metrics)
+    report.note(greedy_answers=_answers(greedy))
+    report.require(_refused(greedy) > 0, "the greedy tenant was never refused")
+    report.require(greedy.alive, f"the greedy tenant's stream ended: {greedy.said()}")
+    require_same_run(report, reference.out, other.out)
+
+
+def _compare(report: Report, metrics: MetricsTail) -> None:
+    with_, without = [], []
+    for line in metrics.lines():
+        # Turns begin with the step after the one that was waited for.
+        turn, number = divmod(line["step"] - 1, _TURN)
+        if number >= _LEFT_OUT:
+            (with_ if turn % 2 else without).append(line["seconds"])
+    ratio = percentile(with_, 0.95) / percentile(without, 0.95)
+    report.note(
+        step_p95_ms={"with": _ms(with_, 0.95), "without": _ms(without, 0.95)},
+        step_median_ms={"with": _ms(with_, 0.5), "without": _ms(without, 0.5)},
+        p95_ratio=round(ratio, 3),
+        steps_timed=len(with_) + len(without),
+    )
+    report.require(
+        ratio <= RATIO_BOUND, f"p95 of a step is {ratio:.2f} times as long, bound {RATIO_BOUND:g}"
+    )
+
+
+def _ms(seconds: list[float], share: float) -> float:
+    return round(1000 * percentile(seconds, share), 2)
+
+
+def _answers(greedy: Child) -> dict[str, int]:
+    said = [line for line in greedy.said().splitlines() if line.startswith("{")]
+    counts: dict[str, int] = json.loads(said[-1]) if said else {}
+    return counts
+
+
+def _refused(greedy: Child) -> int:
+    return _answers(greedy).get("ERROR_CODE_RESOURCE_EXHAUSTED", 0)
+
+
+def _out_of_memory(stage: Stage, report: Report) -> None:
+    """Two sessions train in turns; each lack of memory costs one request and changes nothing."""
+    calm, scarce = Trunk(stage, "calm_trunk"), Trunk(stage, "scarce_trunk")
+    calm.start()
+    scarce.start(MEMORY_FAILPOINTS)
+    expected, none = _train_two(calm)
+    found, refusals = _train_two(scarce)
+    report.note(out_of_memory=refusals)
+    report.require(not none, f"the undisturbed trunk refused: {none}")
+    report.require(
+        sorted(refusals) == ["backward", "forward"],
+        f"one forward and one backward without memory were to be refused, found {refusals}",
+    )
+    same = all(
+        first.keys() == second.keys() and all(torch.equal(first[n], second[n]) for n in first)
+        for first, second in zip(expected, found, strict=True)
+    )
+    report.require(same, "after a lack of memory the adapters are others")
+    assert scarce.child is not None
+    report.require(scarce.child.alive, f"the daemon died of it: {scarce.child.said()}")
+
+
+def _train_two(trunk: Trunk) -> tuple[list[dict[str, torch.Tensor]], list[str]]:
+    """Returns two sessions' adapters after some steps in turns, and what was refused."""
+    trunk.running()
+    terms = SessionTerms(peft_config_json=json.dumps(LORA), dropout=0.1)
+    sessions = [TrunkSession(trunk.address, terms) for _ in range(2)]
+    refusals: list[str] = []
+
+    def insisted(kind: str, ask: Any) -> Any:
+        try:
+            return ask(1)
+        except ResourceExhaustedError:
+            refusals.append(kind)
+            return ask(2)
+
+    for step in range(1, 5):
+        for session in sessions:
+            held = {}
+
+            def forward(
+                attempt: int, session: Any = session, held: Any = held, step: int = step
+            ) -> None:
+                held["id"] = f"{step}.{attempt}"
+                session.forward(
+                    STATES_BTD,
+                    ForwardCall(request_id=held["id"], keep_graph=True, training=True, step=step),
+                )
+
+            def backward(attempt: int, session: Any = session, held: Any = held) -> None:
+                session.backward(STATES_BTD, held["id"])
+
+            insisted("forward", forward)
+            insisted("backward", backward)
+            session.step(step, 1.0, adamw(0.01))
+    adapters = [session.adapter() for session in sessions]
+    for session in sessions:
+        session.close()
+    return adapters, refusals
