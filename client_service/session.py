@@ -281,7 +281,10 @@ class TrunkSession:
             message = pb.SessionRequest(snapshot=pb.Snapshot(adapter=name, parts=parts))
             answer = self._link.ask(message)
             step = answer.message.snapshot.committed_step
-            for prefix, optimizer in ("adapter/", None), ("optimizer/", journal.optimizers.get(name)):
+            for prefix, optimizer in (
+                ("adapter/", None),
+                ("optimizer/", journal.optimizers.get(name)),
+            ):
                 tensors = {n: t for n, t in answer.tensors.items() if n.startswith(prefix)}
                 body = pb.Restore(adapter=name, committed_step=step, optimizer=optimizer)
                 if tensors:

@@ -19,6 +19,7 @@ from shared.errors import InvalidInputError, TrunklineError
 from shared.logs import log_json
 from shared.models import SplitRange
 from trunk_service.access import open_access
+from trunk_service.observation import serve_observation
 from trunk_service.registry import SessionRegistry, return_freed_memory
 from trunk_service.scheduler import Scheduler
 from trunk_service.server import TrunkServer
@@ -56,9 +57,16 @@ async def serve(settings: TrunkSettings) -> None:
     )
     port = await server.start(settings.listen)
     address = f"{settings.listen.rpartition(':')[0]}:{port}"
+    metrics_port, stop_observation = serve_observation(
+        registry, settings.metrics, settings.otlp_endpoint
+    )
+    if metrics_port:
+        metrics = f"{settings.metrics.rpartition(':')[0]}:{metrics_port}"
+        logger.info("metrics", extra={"address": metrics})
     _announce(settings, registry, address, access.off)
     await stop.wait()
     await server.drain(settings.drain_timeout_s)
+    stop_observation()
 
 
 def _registry(settings: TrunkSettings) -> SessionRegistry:

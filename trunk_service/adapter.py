@@ -217,6 +217,8 @@ class TenantAdapter:
         allocation = {n.removeprefix(_ALLOCATOR): t for n, t in allocation.items()}
         if allocation:
             check_allocator_state(self._tuner(), allocation)
+        if any(name.startswith("matrix/") for name in allocation):
+            weights = {}  # the same ones, cut to the ranks that were kept
         if spec is not None:
             restored = build_optimizer(spec, self.parameters)
             write_state(restored, self.names, state)

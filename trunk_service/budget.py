@@ -41,9 +41,10 @@ class ByteBudget:
         """
         with self._lock:
             if self._used + count > self.limit:
+                # What all tenants hold together is no one tenant's business.
+                held = f": {self._used} of {self.limit} are held" if self._parent else ""
                 raise ResourceExhaustedError(
-                    f"{count} bytes more than the {self._name} budget allows: "
-                    f"{self._used} of {self.limit} are held"
+                    f"{count} bytes more than the {self._name} budget allows{held}"
                 )
             if self._parent is not None:
                 self._parent.reserve(count)

@@ -115,5 +115,3 @@ class Execution:
     def count_out(self, tenant: str, count: int) -> None:
         """Counts bytes of a frame that was sent."""
         self.metrics.bytes_out(tenant, count)
-
-

@@ -23,6 +23,7 @@ from prometheus_client import (
     CollectorRegistry,
     Counter,
     Histogram,
+    disable_created_metrics,
     generate_latest,
 )
 from prometheus_client.core import GaugeMetricFamily
@@ -32,6 +33,9 @@ from shared.errors import InvalidInputError
 from shared.pb.trunkline.v1 import trunk_pb2 as pb
 
 logger = logging.getLogger(__name__)
+
+# They would double the series and say nothing that a counter's own reset does not.
+disable_created_metrics()
 
 KINDS = frozenset(f.name for f in pb.SessionRequest.DESCRIPTOR.oneofs_by_name["body"].fields)
 """Kinds of requests."""

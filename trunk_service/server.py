@@ -118,6 +118,7 @@ class TrunkServer:
             try:
                 self._servicer.end_expired()
                 self._registry.close_abandoned()
+                self._registry.quotas.forget_idle()
                 self._registry.free_expired_requests()
                 await asyncio.to_thread(self._registry.return_memory_when_idle)
             except Exception:

@@ -56,11 +56,10 @@ class TenantSession:
         self._trunk, self._terms, self._limits = trunk, request, limits
         self.budget = ByteBudget(limits.session_held_bytes, "session's held-state", quota.budget)
         self.adapters = SessionAdapters(trunk, limits, self.budget, quota, request.dropout)
-        first = AdapterRequest("", request.peft_config_json, request.seed)
-        self.adapters.add(first)
-        config = self.adapters.get("").model.config
         self.held = HeldRequests(self.budget, limits.held_lease_s)
-        self.caches = KeyValueCaches(config, trunk.info.dtype.itemsize, self.budget)
+        self.caches = KeyValueCaches(trunk.config, trunk.info.dtype.itemsize, self.budget)
+        # Last: what it reserves is given back by close() alone.
+        self.adapters.add(AdapterRequest("", request.peft_config_json, request.seed))
 
     @property
     def holds_gradients(self) -> bool:

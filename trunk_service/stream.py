@@ -22,6 +22,7 @@ from trunk_service.answers import Answer
 from trunk_service.execution import Execution
 from trunk_service.identity import Peer
 from trunk_service.registry import OpenSession, SessionRegistry
+from trunk_service.requests import OpenRequest
 
 logger = logging.getLogger(__name__)
 
@@ -64,6 +65,7 @@ class SessionStream:
         self._pause_s = 0.0
         self.keeps_session = True
         """Whether the session waits for its client if this stream breaks."""
+        registry.quotas.of(peer.tenant)  # known, so that what is counted of it is forgotten too
         info, limits = registry.trunk.info, registry.limits
 
         def cap(message: pb.SessionRequest) -> int:
@@ -209,7 +211,7 @@ class SessionStream:
         )
         return pb.SessionResponse(id=message.id, open=result)
 
-    async def _new_session(self, request: translate.OpenRequest) -> OpenSession:
+    async def _new_session(self, request: OpenRequest) -> OpenSession:
         tenant = self._peer.tenant
         opened = self._registry.open(request, tenant)
         try:

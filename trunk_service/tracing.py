@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from opentelemetry.sdk.trace import SpanProcessor
     from opentelemetry.trace import Tracer
 
+_SEND_S = 3.0  # a collector that is away may hold up the trunk's end no longer
+
 _tracer: Tracer | None = None
 
 
@@ -34,7 +36,8 @@ def open_tracing(otlp_endpoint: str) -> Callable[[], None]:
         return lambda: None
     exporter = _module("opentelemetry.exporter.otlp.proto.grpc.trace_exporter")
     export = _module("opentelemetry.sdk.trace.export")
-    return trace_to(export.BatchSpanProcessor(exporter.OTLPSpanExporter(endpoint=otlp_endpoint)))
+    sender = exporter.OTLPSpanExporter(endpoint=otlp_endpoint, timeout=_SEND_S)
+    return trace_to(export.BatchSpanProcessor(sender))
 
 
 def trace_to(processor: SpanProcessor) -> Callable[[], None]:

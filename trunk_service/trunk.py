@@ -95,6 +95,11 @@ class Trunk:
         return cls(quantize(part, quantization) if quantization else part, info)
 
     @property
+    def config(self) -> Any:
+        """The part's own configuration, of as many blocks as live here."""
+        return self._part.config
+
+    @property
     def device(self) -> torch.device:
         """Where the weights are."""
         device: torch.device = next(self._part.parameters()).device

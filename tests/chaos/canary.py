@@ -95,7 +95,7 @@ def run(stage: Stage, options: Options, report: Report) -> None:
         {"UTF-8", "int64"} <= held, f"the search did not find it in the client, only {held}"
     )
     planted = b"".join(next(iter(forms)) for forms in needles.forms.values())
-    missed = needles.forms.keys() - set(needles.found_in(planted))
+    missed = needles.forms.keys() - needles.found_in(planted)
     report.require(not missed, f"the search does not see {missed}")
 
 

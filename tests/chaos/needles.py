@@ -7,13 +7,16 @@ import json
 import struct
 from collections.abc import Iterable, Iterator, Mapping
 
+import numpy as np
+
 # Of a secret, this much in a row is a find: less may be chance, more may have been cut apart.
 _CHARACTERS, _IDS = 10, 4
-_MAX_VARINT_BITS = 7
+_VARINT_BITS = 7
+_CHUNK_BYTES = 1 << 22
 
 
 class Needles:
-    """What to look for.
+    """What to look for: every piece of the secret in every form, all in one pass over the bytes.
 
     Args:
         text: The secret, of characters that JSON does not escape.
@@ -29,10 +32,48 @@ class Needles:
             for name, form in _id_forms(ids[start : start + _IDS]):
                 forms.setdefault(name, set()).add(form)
         self.forms: Mapping[str, set[bytes]] = forms
+        # Four bytes of each needle are its key; two of them are looked up in a table first.
+        self._by_key: dict[int, list[tuple[str, bytes, int]]] = {}
+        self._likely = np.zeros(1 << 16, dtype=bool)
+        for name, needle in ((n, f) for n, found in forms.items() for f in found):
+            offset = _telling_offset(needle)
+            key = int.from_bytes(needle[offset : offset + 4], "little")
+            self._by_key.setdefault(key, []).append((name, needle, offset))
+            self._likely[key & 0xFFFF] = True
+        self._keys = np.array(sorted(self._by_key), dtype=np.uint32)
+        self._longest = max(len(form) for found in forms.values() for form in found)
 
-    def found_in(self, haystack: bytes | bytearray) -> list[str]:
+    def found_in(self, haystack: bytes | bytearray) -> set[str]:
         """The forms that occur."""
-        return [n for n, forms in self.forms.items() if any(f in haystack for f in forms)]
+        found: set[str] = set()
+        for start in range(0, len(haystack), _CHUNK_BYTES):
+            # A needle may begin in one chunk and end in the next.
+            found |= self._found_in_chunk(
+                bytes(haystack[max(0, start - self._longest) : start + _CHUNK_BYTES])
+            )
+        return found
+
+    def _found_in_chunk(self, chunk: bytes) -> set[str]:
+        values = np.frombuffer(chunk, dtype=np.uint8)
+        found: set[str] = set()
+        for parity in (0, 1):
+            pairs = values[parity : parity + (len(values) - parity) // 2 * 2].view("<u2")
+            places = np.flatnonzero(self._likely[pairs]) * 2 + parity
+            places = places[places + 4 <= len(values)]
+            quads = sum(values[places + i].astype(np.uint32) << (8 * i) for i in range(4))
+            for place in places[np.isin(quads, self._keys)]:
+                key = int.from_bytes(chunk[place : place + 4], "little")
+                for name, needle, offset in self._by_key[key]:
+                    begin = int(place) - offset
+                    if begin >= 0 and chunk[begin : begin + len(needle)] == needle:
+                        found.add(name)
+        return found
+
+
+def _telling_offset(needle: bytes) -> int:
+    """Where two bytes in a row are not zero, which memory is full of."""
+    offsets = range(len(needle) - 3)
+    return next((o for o in offsets if needle[o] and needle[o + 1]), 0)
 
 
 def _text_forms(piece: str) -> Iterator[tuple[str, bytes]]:
@@ -59,9 +100,9 @@ def _id_forms(ids: list[int]) -> Iterator[tuple[str, bytes]]:
 
 def _varint(value: int) -> bytes:
     encoded = bytearray()
-    while value >> _MAX_VARINT_BITS:
+    while value >> _VARINT_BITS:
         encoded.append(value & 0x7F | 0x80)
-        value >>= _MAX_VARINT_BITS
+        value >>= _VARINT_BITS
     encoded.append(value)
     return bytes(encoded)
 
@@ -77,11 +118,13 @@ def readable_memory(pid: int) -> Iterator[bytes]:
             start, end = (int(part, 16) for part in fields[0].split("-"))
             try:
                 memory.seek(start)
-                yield memory.read(end - start)
+                data = memory.read(end - start)
             except (OSError, OverflowError):
                 continue
+            if data.count(0) < len(data):  # arenas that were never touched
+                yield data
 
 
 def search(needles: Needles, places: Iterable[tuple[str, bytes | bytearray]]) -> list[str]:
     """Where which form was found."""
-    return [f"{name}: {form}" for name, data in places for form in needles.found_in(data)]
+    return [f"{name}: {form}" for name, data in places for form in sorted(needles.found_in(data))]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import time
 from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,6 +15,9 @@ from shared.pb.trunkline.v1 import trunk_pb2 as pb
 from tests.fuzz.script import GET_INFO, SESSION_ID, Script, Stream
 
 STREAM_DEADLINE_S = 20.0
+STILL_ANSWERING_S = 5.0
+"""An answer so shortly before the deadline means a stream that is slowed down, not one that hangs:
+the trunk reads a client slower that goes on sending what is over its quota."""
 
 _TYPED = frozenset({
     "OK", "INVALID_ARGUMENT", "RESOURCE_EXHAUSTED", "UNIMPLEMENTED", "ABORTED", "OUT_OF_RANGE",
@@ -70,16 +74,20 @@ def _call(
     call: Any = channel.stream_stream(stream.method)(
         iter(frames), timeout=deadline_s if frames else 2.0, metadata=stream.metadata or None
     )
-    answered = 0
+    answered, last = 0, time.monotonic()
     try:
         for raw in call:
             session_id = _judge_answer(stream, raw, outcome) or session_id
-            answered += 1
+            answered, last = answered + 1, time.monotonic()
             if answered == stream.cancel_after:
                 cancelled = call.cancel()
     except grpc.RpcError:
         pass
-    _judge_status(stream, call.code().name, call.details() or "", cancelled, outcome)
+    name = call.code().name
+    if name == "DEADLINE_EXCEEDED" and answered and time.monotonic() - last < STILL_ANSWERING_S:
+        outcome.statuses["SLOWED_DOWN"] += 1
+    else:
+        _judge_status(stream, name, call.details() or "", cancelled, outcome)
     return session_id
 
 

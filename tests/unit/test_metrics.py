@@ -124,7 +124,7 @@ def test_a_tenant_that_left_leaves_no_series(scraped: Scraped) -> None:
     scraped.metrics.forget("leaves")
     scraped.metrics.forget("never came")
     text = scraped.get()
-    assert "leaves" not in text
+    assert "leaves" not in text and "_created" not in text
     assert 'tenant="stays"' in text
 
 

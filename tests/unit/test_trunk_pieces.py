@@ -93,7 +93,7 @@ def test_who_was_away_has_saved_up_nothing() -> None:
         script.submit("here-")
     for then in ("away-", "away-", ""):
         script.submit("here-", then=then, session="b")
-    # Had the time that it was not there counted, both of its tasks would come before the next "here".
+    # Had it saved up the time before, its two tasks would come one right after the other.
     assert script.run() == [
         *("here-a", "here-b", "here-a"),
         *("away-a", "here-b", "here-a"),
