@@ -5,10 +5,10 @@ BIN := .venv/bin
 READY := .venv/.ready
 PARTS := shared trunk_service client_service
 
-demo test test-slow bench parity: export OMP_WAIT_POLICY = PASSIVE
+demo test test-slow bench parity chaos fuzz: export OMP_WAIT_POLICY = PASSIVE
 
 .DEFAULT_GOAL := help
-.PHONY: help setup smollm2 demo test test-slow lint types proto proto-check bench parity up down
+.PHONY: help setup smollm2 demo test test-slow chaos fuzz lint types proto proto-check bench parity up down
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -31,6 +31,13 @@ test: $(READY) ## run the tests that are not slow
 
 test-slow: $(READY) smollm2 ## run the slow tests
 	$(BIN)/pytest -m slow
+
+chaos: $(READY) ## kill, stop, cut off and crowd both sides, compare with undisturbed runs (hours)
+	$(BIN)/python -m tests.chaos all
+	$(BIN)/python -m tests.chaos.schedules 100000
+
+fuzz: $(READY) ## send malformed frames to a trunk for ten minutes
+	$(BIN)/python -m tests.fuzz --seconds 600
 
 lint: $(READY) ## check style, import direction and docstrings
 	$(BIN)/ruff check .

@@ -89,7 +89,7 @@ class Checkpoint:
                 remote.restore(weights, digest, facts["step"])
             settings = OptimizerSettings(**facts["optimizer"])
             remote.restore_optimizer(optimizer, settings, facts["step"])
-        remote._now.micro = facts["micro"]
+        remote.micro = facts["micro"]
 
     def _tensors(self, name: str) -> Tensors:
         return read_tensors(self.folder / f"{name}.safetensors")
@@ -187,7 +187,7 @@ def _contents(state: TrainingState) -> dict[str, Content]:
         "trunk": {
             "step": remote.next_step - 1,
             # A frozen trunk counts no steps: its dropout is keyed by the forwards so far.
-            "micro": remote._now.micro,
+            "micro": remote.micro,
             "optimizer": asdict(describe(state.optimizer, state.optimizer.param_groups[0])),
         },
     }

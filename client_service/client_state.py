@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from client_service.split_ends import _end_of
+from client_service.split_ends import end_of
 from client_service.training import TrainingState
 from shared.adapters.adalora import tuner_of
 from shared.adapters.adalora_state import allocator_state, check_allocator_state, restore_allocator
@@ -24,7 +24,7 @@ def parameters_by_side(model: Any) -> dict[str, Tensors]:
     family = family_of(model.whole_config.model_type)
     sides: dict[str, Tensors] = {"bottom": {}, "top": {}}
     for name, parameter in _own_parameters(model):
-        end = _end_of(name.removeprefix("base_model.model."), family, model.split)
+        end = end_of(name.removeprefix("base_model.model."), family, model.split)
         sides[end][name] = parameter
     return sides
 

@@ -102,7 +102,7 @@ def get_info(channel: grpc.Channel, address: str, timeout_s: float) -> pb.GetInf
         info: pb.GetInfoResponse = call(pb.GetInfoRequest(), timeout=timeout_s)
     except grpc.RpcError as error:
         failure = _unavailable(address, error)
-        if type(failure) is TrunkUnavailableError and (hint := tls_hint(str(error.details()))):
+        if error.code() is grpc.StatusCode.UNAVAILABLE and (hint := tls_hint(error.details())):
             failure = TrunkUnavailableError(f"{failure}{hint}")
         raise failure from error
     return info

@@ -55,9 +55,9 @@ class Credentials:
         return grpc.composite_channel_credentials(channel, call)
 
 
-def tls_hint(details: str) -> str:
+def tls_hint(details: str | None) -> str:
     """What to look at when a connection failed with these details of gRPC's; empty if unclear."""
-    said = details.lower()
+    said = (details or "").lower()
     if any(word in said for word in ("handshake", "certificate", "ssl", "tls")):
         return (
             "; TLS was not agreed on: either side's certificate may be expired, of another CA or "

@@ -81,8 +81,10 @@ class Journal:
             self.optimizers[message.step.adapter] = message.step.optimizer
             self._unstepped.discard(message.step.adapter)
             self._forget_held(message.step.adapter)
-        elif kind == "restore" and message.restore.HasField("optimizer"):
-            self.optimizers[message.restore.adapter] = message.restore.optimizer
+        elif kind == "restore":
+            self._forget_held(message.restore.adapter)
+            if message.restore.HasField("optimizer"):
+                self.optimizers[message.restore.adapter] = message.restore.optimizer
         elif kind == "add_adapter":
             self.added[message.add_adapter.adapter] = message
         elif kind == "remove_adapter":
@@ -124,7 +126,7 @@ class Journal:
                 self._drop(number)
 
     def _forget_held(self, adapter: str) -> None:
-        """A step ends every forward that was computed with the weights before it."""
+        """A step or a restore ends every forward that was computed with the weights before it."""
         for request_id, number in list(self._held.items()):
             if self._entries[number].message.forward.adapter == adapter:
                 self._release(pb.Release(request_ids=[request_id]))

@@ -83,6 +83,15 @@ class RemoteTrunk:
         """Number of the next optimizer step of the adapter in use."""
         return self._now.step
 
+    @property
+    def micro(self) -> int:
+        """Number of the next micro-batch, which keys dropout on the trunk with the step's."""
+        return self._now.micro
+
+    @micro.setter
+    def micro(self, value: int) -> None:
+        self._now.micro = value
+
     def run(
         self,
         hidden_BTD: torch.Tensor,

@@ -126,10 +126,11 @@ def train_ends(model: Any, parts: str) -> None:
     family = family_of(model.whole_config.model_type)
     for name, parameter in model.named_parameters():
         if not name.endswith(".proxy"):
-            parameter.requires_grad_(_end_of(name, family, model.split) == parts)
+            parameter.requires_grad_(end_of(name, family, model.split) == parts)
 
 
-def _end_of(name: str, family: Family, split: SplitRange) -> str:
+def end_of(name: str, family: Family, split: SplitRange) -> str:
+    """Which end a parameter of the family's ``…ForCausalLM`` belongs to, by its name."""
     if name.startswith(family.layer_prefix):
         index = int(name.removeprefix(family.layer_prefix).split(".")[0])
         return "bottom" if index < split.start else "top"

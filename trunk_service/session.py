@@ -179,7 +179,7 @@ class TenantSession:
             )
         adapter = self.adapters.get(request.adapter)
         adapter.restore(request.weights, request.optimizer_state, request.optimizer)
-        if request.weights:
+        if request.weights or request.optimizer_state:  # AdaLoRA's has matrices in it
             self.held.drop_of(request.adapter)
         if request.committed_step is not None:
             adapter.committed = StepAnswer(request.committed_step, 0.0)

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from transformers import AutoTokenizer
 
-from tests.chaos.needles import Needles, readable_memory, search
+from tests.chaos.needles import SMALLEST_ID, Needles, readable_memory, search
 from tests.chaos.options import Options
 from tests.chaos.processes import START_TIMEOUT_S, Training, Trunk, free_port, wait_until
 from tests.chaos.relay import Relay
@@ -26,8 +26,6 @@ from tests.chaos.stage import Stage
 _ALPHABET = "ABCDEFGHJKLMNPQRSTUVWXYZ23456789"
 _CHARACTERS = 40
 _REPEATS = 200
-# Only ids of two bytes and more say something in every form.
-_SMALLEST_ID = 256
 
 
 def run(stage: Stage, options: Options, report: Report) -> None:
@@ -103,14 +101,14 @@ def _secret(stage: Stage, seed: int) -> tuple[str, list[int]]:
     """Random text whose ids are the same wherever it stands in the training text."""
     tokenizer = AutoTokenizer.from_pretrained(stage.model)
     chance = random.Random(f"canary {seed}")
-    unusual = [i for i in range(_SMALLEST_ID, len(tokenizer)) if _is_word(tokenizer, i)]
+    unusual = [i for i in range(SMALLEST_ID, len(tokenizer)) if _is_word(tokenizer, i)]
     while True:
         # Letters by chance, then tokens by chance: pieces of words in no order of any language.
         letters = "".join(chance.choices(_ALPHABET, k=_CHARACTERS))
         words = tokenizer.decode(chance.sample(unusual, 16))
         secret = f"{letters} {words.strip()}"
         ids: list[int] = tokenizer(f"{secret}\n", add_special_tokens=False)["input_ids"]
-        tail = [i for i in ids if i >= _SMALLEST_ID]
+        tail = [i for i in ids if i >= SMALLEST_ID]
         if len(tail) >= 12 and "  " not in secret:
             return secret, ids
 

@@ -11,6 +11,8 @@ import numpy as np
 
 # Of a secret, this much in a row is a find: less may be chance, more may have been cut apart.
 _CHARACTERS, _IDS = 10, 4
+# Smaller ids are mostly zeros in most forms, as much else is.
+SMALLEST_ID = 256
 _VARINT_BITS = 7
 _CHUNK_BYTES = 1 << 22
 
@@ -29,6 +31,8 @@ class Needles:
             for name, form in _text_forms(text[start : start + _CHARACTERS]):
                 forms.setdefault(name, set()).add(form)
         for start in range(len(ids) - _IDS + 1):
+            if min(ids[start : start + _IDS]) < SMALLEST_ID:
+                continue
             for name, form in _id_forms(ids[start : start + _IDS]):
                 forms.setdefault(name, set()).add(form)
         self.forms: Mapping[str, set[bytes]] = forms
@@ -80,7 +84,6 @@ def _text_forms(piece: str) -> Iterator[tuple[str, bytes]]:
     plain = piece.encode()
     yield "UTF-8", plain
     yield "UTF-16", piece.encode("utf-16-le")
-    yield "UTF-32", piece.encode("utf-32-le")
     yield "hexadecimal", plain.hex().encode()
     for skipped in range(3):
         # What of base64 does not depend on the bytes around.
