@@ -33,6 +33,7 @@ from shared.errors import (
     ModelMismatchError,
     ResourceExhaustedError,
     StaleSessionError,
+    TrunkInternalError,
     TrunklineError,
     TrunkUnavailableError,
 )
@@ -86,11 +87,10 @@ class SessionLink:
         self._changed = threading.Condition(threading.RLock())
         self._pending: dict[int, _Pending] = {}
         self._next_id = 2  # 1 is Open's, on every connection
-        self._recovering = False
-        self._closed = False
+        self._recovering = self._resumable = self._closed = False
         self._failure: TrunklineError | None = None
         self._open_first()
-        info = self.info
+        info, self._epoch = self.info, self.opened.epoch
         self._weights = info.weight_digest, info.quantization, info.compute_dtype
 
     def _open_first(self) -> None:
@@ -213,56 +213,64 @@ class SessionLink:
         if isinstance(failure, StaleSessionError):
             return False  # taking it back would shut out whoever has it now
         self._recovering = True
-        logger.warning("connection to the trunk lost: %s", failure)
         # Only a plain break leaves the session on the trunk.
-        resume = type(failure) is TrunkUnavailableError
-        arguments = (self._connection, resume)
+        self._resumable = type(failure) is TrunkUnavailableError
+        logger.warning("connection to the trunk lost: %s", failure)
         threading.Thread(
-            target=self._recover, args=arguments, name="trunk-recovery", daemon=True
+            target=self._recover, args=(self._connection,), name="trunk-recovery", daemon=True
         ).start()
         return True
 
-    def _recover(self, lost: SessionConnection, resume: bool) -> None:
-        lost.abandon() if resume else lost.close()
-        deadline = time.monotonic() + self._reconnect_timeout_s
-        pause_s, started = _FIRST_PAUSE_S, time.monotonic()
+    def _recover(self, lost: SessionConnection) -> None:
+        """Looks for a trunk until there is one, or the time is over, or there is no use."""
+        if self._resumable:
+            lost.abandon()
+        else:
+            lost.close()
+        started, pause_s = time.monotonic(), _FIRST_PAUSE_S
         while True:
             for address in self._in_turn():
-                try:
-                    if resume and address == self.address:
-                        try:
-                            self._resume()
-                        except TrunkUnavailableError as error:
-                            # A trunk that answers and does not know it will not know it later.
-                            resume = type(error) is TrunkUnavailableError
-                            if resume:
-                                raise
-                            self._rebuild(address)
-                    else:
-                        self._rebuild(address)
-                except (TrunkUnavailableError, ResourceExhaustedError) as error:
-                    last: TrunklineError = error
-                except ModelMismatchError as error:
-                    last = error
-                    if len(self._addresses) == 1:
-                        self._fail(error)
-                        return
-                except TrunklineError as fatal:
-                    self._fail(fatal)
-                    return
-                except Exception as error:
-                    logger.exception("recovering the session failed")
-                    self._fail(TrunkUnavailableError(f"recovering the session failed: {error}"))
-                    return
-                else:
+                failure = self._try(address)
+                if failure is None:
                     took_s = time.monotonic() - started
                     logger.warning("connection to the trunk is back after %.1f s", took_s)
                     return
-            if self._closed or time.monotonic() > deadline:
-                self._fail(last)
+                if not self._worth_another_try(failure):
+                    self._fail(failure)
+                    return
+            if self._closed or time.monotonic() > started + self._reconnect_timeout_s:
+                assert failure is not None
+                self._fail(failure)
                 return
             time.sleep(pause_s * random.uniform(0.75, 1.25))
             pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
+
+    def _try(self, address: str) -> TrunklineError | None:
+        """Goes on with the session on a trunk; returns why that was not possible."""
+        try:
+            if self._resumable and address == self.address:
+                try:
+                    self._resume()
+                    return None
+                except TrunkUnavailableError as error:
+                    if type(error) is TrunkUnavailableError or isinstance(error, StaleSessionError):
+                        raise
+                    # A trunk that answers and does not know the session will not know it later.
+                    self._resumable = False
+            self._rebuild(address)
+        except TrunklineError as error:
+            return error
+        except Exception as error:
+            logger.exception("recovering the session failed")
+            return TrunkInternalError(f"recovering the session failed: {error}")
+        return None
+
+    def _worth_another_try(self, failure: TrunklineError) -> bool:
+        if isinstance(failure, StaleSessionError):
+            return False
+        if isinstance(failure, ModelMismatchError):
+            return len(self._addresses) > 1
+        return isinstance(failure, (TrunkUnavailableError, ResourceExhaustedError))
 
     def _in_turn(self) -> list[str]:
         """The trunk that had the session first."""
@@ -270,8 +278,9 @@ class SessionLink:
 
     def _resume(self) -> None:
         """Takes the session up again and sends what was not answered."""
-        epoch = self.opened.epoch + 1
-        message = pb.Open(resume_session_id=self.opened.session_id, epoch=epoch)
+        # Each try has its own: one that took effect may have lost its answer.
+        self._epoch += 1
+        message = pb.Open(resume_session_id=self.opened.session_id, epoch=self._epoch)
         connection, _, opened = self._open_at(self.address, message)
         with self._changed:
             self.opened = opened
@@ -297,6 +306,7 @@ class SessionLink:
             raise
         with self._changed:
             self.address, self.info, self.opened = address, info, opened
+            self._epoch = opened.epoch
             self._next_id = next_id
             waiting, self._pending = list(self._pending.values()), {}
             for pending in waiting:

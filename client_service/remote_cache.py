@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from transformers.cache_utils import CacheLayerMixin
 
-from client_service.remote_trunk import RemoteTrunk
 from client_service.calls import CacheEdit
+from client_service.remote_trunk import RemoteTrunk
 
 
 class RemoteCacheLayer(CacheLayerMixin):  # type: ignore[misc]

@@ -21,8 +21,8 @@ from typing import Any
 import torch
 from torch.autograd.function import once_differentiable
 
-from client_service.optimizer_spec import OptimizerSettings
 from client_service.calls import CacheEdit, ForwardCall
+from client_service.optimizer_spec import OptimizerSettings
 from client_service.session import Tensors, TrunkSession
 from shared.errors import TrunkUnavailableError
 

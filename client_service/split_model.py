@@ -10,11 +10,10 @@ from typing import Any, Literal, TypeAlias
 import torch
 from peft import PeftConfig
 
-from client_service.connection import get_info, open_channel
+from client_service.calls import SessionTerms
+from client_service.connection import CONNECT_TIMEOUT_S, get_info, open_channel
 from client_service.hole import with_hole
 from client_service.remote_trunk import RemoteTrunk
-from client_service.calls import SessionTerms
-from client_service.connection import CONNECT_TIMEOUT_S
 from client_service.session import RECONNECT_TIMEOUT_S, TrunkSession, split_addresses
 from client_service.split_ends import TRUNK_ADAPTER, check_ends, train_ends
 from client_service.split_peft import LoadedAdapter, SplitPeftModelForCausalLM, read_loaded

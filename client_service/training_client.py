@@ -11,8 +11,8 @@ from types import TracebackType
 import torch
 from peft import PeftConfig, PeftType
 
-from client_service.optimizer_spec import OptimizerSettings
 from client_service.calls import ForwardCall, SessionTerms
+from client_service.optimizer_spec import OptimizerSettings
 from client_service.session import TrunkSession
 from shared.adapters.config import config_to_json
 from shared.errors import AdapterError, UnknownRequestError

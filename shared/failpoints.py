@@ -2,7 +2,8 @@
 
 Off unless ``TRUNKLINE_FAILPOINTS`` is set when the process starts, as ``NAME=ACTION[@N]`` with
 commas between several: at the N-th time (the first without ``@N``) that the place is reached, the
-process ``kill``\\ s itself as the system would, finds the disk full (``enospc``) or no ``memory``.
+process is killed as the system would (``kill``), finds the disk full (``enospc``) or no memory
+(``memory``).
 """
 
 from __future__ import annotations

@@ -24,16 +24,17 @@ from tests.chaos.report import Report
 from tests.chaos.stage import Stage
 
 _ALPHABET = "ABCDEFGHJKLMNPQRSTUVWXYZ23456789"
-_CHARACTERS = 40
+_CHARACTERS, _WORDS = 40, 16
 _REPEATS = 200
 
 
 def run(stage: Stage, options: Options, report: Report) -> None:
     steps = 60 if options.short else 400
-    secret, ids = _secret(stage, options.seed)
-    needles = Needles(secret, ids)
+    letters, words, ids = _secret(stage, options.seed)
+    # The words are looked for as ids alone: pieces of their text may be in any docstring.
+    needles = Needles(letters, ids)
     text = stage.folder / "secret.txt"
-    text.write_text(f"{secret}\n" * _REPEATS, encoding="utf-8")
+    text.write_text(f"{letters}{words}\n" * _REPEATS, encoding="utf-8")
 
     own = stage.folder / "trunk_files"
     own.mkdir()
@@ -97,20 +98,15 @@ def run(stage: Stage, options: Options, report: Report) -> None:
     report.require(not missed, f"the search does not see {missed}")
 
 
-def _secret(stage: Stage, seed: int) -> tuple[str, list[int]]:
-    """Random text whose ids are the same wherever it stands in the training text."""
+def _secret(stage: Stage, seed: int) -> tuple[str, str, list[int]]:
+    """Random letters, words in no order of any language, and the ids of both together."""
     tokenizer = AutoTokenizer.from_pretrained(stage.model)
     chance = random.Random(f"canary {seed}")
+    letters = "".join(chance.choices(_ALPHABET, k=_CHARACTERS))
     unusual = [i for i in range(SMALLEST_ID, len(tokenizer)) if _is_word(tokenizer, i)]
-    while True:
-        # Letters by chance, then tokens by chance: pieces of words in no order of any language.
-        letters = "".join(chance.choices(_ALPHABET, k=_CHARACTERS))
-        words = tokenizer.decode(chance.sample(unusual, 16))
-        secret = f"{letters} {words.strip()}"
-        ids: list[int] = tokenizer(f"{secret}\n", add_special_tokens=False)["input_ids"]
-        tail = [i for i in ids if i >= SMALLEST_ID]
-        if len(tail) >= 12 and "  " not in secret:
-            return secret, ids
+    words = tokenizer.decode(chance.sample(unusual, _WORDS))
+    ids: list[int] = tokenizer(f"{letters}{words}\n", add_special_tokens=False)["input_ids"]
+    return letters, words, ids
 
 
 def _is_word(tokenizer: object, token: int) -> bool:

@@ -6,6 +6,7 @@ port; in the long form also with one trunk alone that is drained and started aga
 
 from __future__ import annotations
 
+import json
 import signal
 import time
 
@@ -37,7 +38,10 @@ def run(stage: Stage, options: Options, report: Report) -> None:
     _reach(moved, _STEPS_BETWEEN)
     to_second = _drain(report, first)
     _reach(moved, _last(moved) + _STEPS_BETWEEN)
+    # They wait, or would be done before the first trunk is back.
+    _tell(moved, signal.SIGSTOP)
     first.running()
+    _tell(moved, signal.SIGCONT)
     back_to_first = _drain(report, second)
     _finish(moved)
     report.note(drained_s=to_second, drained_back_s=back_to_first, clients=CLIENTS, steps=steps)
@@ -61,6 +65,12 @@ def _training(stage: Stage, name: str, number: int, trunk: str, steps: int) -> T
 def _start(trainings: list[Training]) -> None:
     for training in trainings:
         training.start()
+
+
+def _tell(trainings: list[Training], number: signal.Signals) -> None:
+    for training in trainings:
+        assert training.child is not None
+        training.child.send(number)
 
 
 def _reach(trainings: list[Training], step: int) -> None:
@@ -90,6 +100,10 @@ def _drain(report: Report, trunk: Trunk) -> float:
     took = time.monotonic() - started
     report.require(status == 0, f"{trunk.log.name}: status {status}: {trunk.child.said()}")
     report.require(took <= EXIT_BOUND_S, f"{trunk.log.name}: ended after {took:.1f} s")
+    entries = [json.loads(line) for line in trunk.log.read_text().splitlines() if line[:1] == "{"]
+    draining = [entry["sessions"] for entry in entries if entry["message"] == "draining"]
+    # Else nothing was shown.
+    report.require(draining[-1] == CLIENTS, f"{trunk.log.name}: drained {draining[-1]} sessions")
     return round(took, 2)
 
 

@@ -105,10 +105,13 @@ class Driver:
         self._written: dict[int, float] = {}
         self._changed: list[int] = []
         self._moved_at = time.monotonic()
+        self._written_in_life = False
 
         def resume(failpoints: str) -> Child:
             return training.start(resume=training.began, failpoints=failpoints)
 
+        self.without_trunk = 0
+        """Starts of the client that found no trunk: it says so and ends, to be started again."""
         self._sides = [
             self._side("trunk", TRUNK_FAILPOINTS, trunk.start, lambda: trunk.serves),
             self._side("client", CLIENT_FAILPOINTS, resume, lambda: training.imported),
@@ -143,6 +146,7 @@ class Driver:
             lines_written=self._training.metrics.written,
             recoveries=len(self.recoveries),
             killed_again_before_recovery=self.replaced,
+            client_starts_without_trunk=self.without_trunk,
         )
         if self.recoveries:
             report.note(
@@ -179,7 +183,7 @@ class Driver:
             if side.back_at is None and side.is_back():
                 side.back_at = now
         for line in self._training.metrics.look():
-            self._moved_at = now
+            self._moved_at, self._written_in_life = now, True
             if self._written.setdefault(line["step"], line["loss"]) != line["loss"]:
                 self._changed.append(line["step"])
             back = [side.back_at for side in self._sides]
@@ -188,17 +192,32 @@ class Driver:
                 self._recovering = False
 
     def _died(self, side: Side, status: int) -> None:
+        if self._found_no_trunk(side, status):
+            self.without_trunk += 1
+            side.back_at, side.child = None, side.begin(side.failpoint)
+            return
         if status != -signal.SIGKILL or not side.failpoint:
             raise BrokenError(
                 f"the {side.name} ended with {status} (failpoint {side.failpoint or 'none'}): "
                 f"{side.child.said()}"
             )
         self._moved_at = time.monotonic()
+        if side.name == "client":
+            self._written_in_life = False
         self.killed[side.failpoint.partition("=")[0]] += 1
         self.replaced += self._recovering
         self._recovering = True
         side.failpoint, side.back_at = self._drawn(side.name, side.failpoints), None
         side.child = side.begin(side.failpoint)
+
+    def _found_no_trunk(self, side: Side, status: int) -> bool:
+        """Whether it is a client that was started while the trunk was away."""
+        return (
+            side.name == "client"
+            and status == 2
+            and "TrunkUnavailableError" in side.child.said()
+            and not self._written_in_life
+        )
 
     def _drawn(self, side: str, failpoints: tuple[str, ...]) -> str:
         """Where the next life of a side ends: ``NAME=kill@N``, or empty when all are done."""

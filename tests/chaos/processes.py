@@ -56,6 +56,7 @@ class Child:
         self.log = log
         # With faulthandler, SIGABRT writes where every thread stands.
         arguments = [sys.executable, "-X", "faulthandler", *command]
+        self._said_before = log.stat().st_size if log.exists() else 0
         with log.open("ab") as sink:
             self.popen = subprocess.Popen(
                 arguments,
@@ -97,7 +98,8 @@ class Child:
 
     def said(self) -> str:
         """The last it wrote."""
-        return self.log.read_text(encoding="utf-8", errors="replace")[-_SAID_CHARACTERS:]
+        written = self.log.read_bytes()[self._said_before :]
+        return written.decode("utf-8", "replace")[-_SAID_CHARACTERS:]
 
     def _end(self) -> None:
         if self.alive:

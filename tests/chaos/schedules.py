@@ -299,7 +299,7 @@ def run(schedules: int) -> dict[str, float]:
     while COUNTS["schedules"] < schedules:
         chosen = settings(
             max_examples=min(_AT_A_TIME, schedules),
-            stateful_step_count=20,
+            stateful_step_count=12,
             deadline=None,
             database=None,
             print_blob=True,

@@ -14,9 +14,9 @@ import torch
 from peft import LoraConfig, VeraConfig
 
 from client_service import SplitModelForCausalLM, TrainingClient
+from client_service.calls import CacheEdit, ForwardCall, SessionTerms
 from client_service.connection import SERVICE, open_channel
 from client_service.optimizer_spec import OptimizerSettings, adamw
-from client_service.calls import CacheEdit, ForwardCall, SessionTerms
 from client_service.session import TrunkSession
 from shared.adapters.config import config_to_json
 from shared.errors import (

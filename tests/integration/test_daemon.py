@@ -15,8 +15,8 @@ import torch
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from peft import LoraConfig
 
-from client_service.optimizer_spec import adamw
 from client_service.calls import ForwardCall, SessionTerms
+from client_service.optimizer_spec import adamw
 from client_service.session import TrunkSession
 from shared.adapters.config import config_to_json
 from shared.errors import DrainingError, TrunkUnavailableError, UnknownRequestError

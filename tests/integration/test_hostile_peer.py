@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 import torch
 
+from client_service.calls import ForwardCall, SessionTerms
 from client_service.connection import SERVICE, open_channel
 from client_service.optimizer_spec import OptimizerSettings, adamw
-from client_service.calls import ForwardCall, SessionTerms
 from client_service.session import TrunkSession
 from shared.errors import AdapterError, OptimizerError, TensorError
 from shared.pb.trunkline.v1 import trunk_pb2 as pb

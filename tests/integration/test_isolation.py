@@ -155,7 +155,7 @@ def test_quotas_are_each_tenants_own(site: Site) -> None:
     with closing(site.open("carol")) as first, closing(site.open("carol")):
         with pytest.raises(ResourceExhaustedError, match="sessions"):
             site.open("carol")
-        with pytest.raises(ResourceExhaustedError, match="parameters|numbers"):
+        with pytest.raises(ResourceExhaustedError, match="parameters"):
             first.add_adapter("large", config_to_json(LoraConfig(r=64, target_modules=["c_fc"])), 0)
         held = 0
         with pytest.raises(ResourceExhaustedError, match="held-state") as spent:

@@ -1,4 +1,4 @@
-"""Broken connections and lost trunks: the client goes on, and every bit is as if nothing happened."""
+"""Broken connections and lost trunks: the client goes on, bitwise as if nothing had happened."""
 
 from __future__ import annotations
 

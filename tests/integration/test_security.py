@@ -87,6 +87,8 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
     assert site.daemon.process.wait(timeout=60) == 0
     log = site.daemon.log()
     assert "serving" in log and "PRIVATE KEY" not in log
+    # Nor do strangers' failed handshakes put anything else between the lines of JSON.
+    assert all("message" in json.loads(line) for line in log.splitlines())
     assert not [token for token in (ALICE, BOB, EXPIRED, UNKNOWN) if token in log]
 
 

@@ -16,8 +16,8 @@ from transformers import AutoModelForCausalLM
 from transformers.optimization import Adafactor
 
 from client_service import SplitModelForCausalLM
-from client_service.optimizer_spec import OptimizerSettings, adamw
 from client_service.calls import ForwardCall, SessionTerms
+from client_service.optimizer_spec import OptimizerSettings, adamw
 from client_service.session import TrunkSession
 from client_service.whole import whole_twin
 from shared.adapters.config import config_to_json
