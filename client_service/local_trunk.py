@@ -28,7 +28,8 @@ def local_trunk(
     with tempfile.TemporaryDirectory() as folder:
         ready, log = Path(folder) / "ready.json", Path(folder) / "log"
         command = [sys.executable, "-m", "trunk_service", "--model", model, "--split", split]
-        command += ["--listen", "127.0.0.1:0", "--ready-file", str(ready)]
+        # Certificates in the environment are for another trunk than this one.
+        command += ["--listen", "127.0.0.1:0", "--insecure", "--ready-file", str(ready)]
         command += flags
         with log.open("wb") as sink:
             process = subprocess.Popen(command, stderr=sink, stdin=subprocess.DEVNULL)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -20,6 +21,7 @@ from client_service.cli.options import (
     read_peft_config,
 )
 from client_service.cli.train import record
+from client_service.credentials import TLS_VARIABLE, TOKEN_VARIABLE
 from client_service.data import batches, read_texts, token_blocks
 from client_service.local_trunk import local_trunk
 from client_service.split_model import SplitModelForCausalLM
@@ -41,6 +43,8 @@ def demo_command(
 ) -> None:
     """Start a trunk, fine-tune the bundled model on the bundled notes, and report."""
     prepare(threads)
+    for variable in (TLS_VARIABLE, TOKEN_VARIABLE):
+        os.environ.pop(variable, None)  # for another trunk than the one started here
     model = str(model_dir())
     typer.echo(f"Starting a trunk daemon for blocks {SPLIT} of the bundled GPT-2 …")
     with local_trunk(model, SPLIT) as address:

@@ -7,7 +7,7 @@ import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TextIO
 
 import typer
 from rich.console import Console
@@ -232,12 +232,21 @@ def record(run: Iterator[StepMetrics], steps: int, out: Path, done: int = 0) -> 
     with (out / METRICS_FILE).open("a", encoding="utf-8") as file, _progress() as progress:
         task = progress.add_task("train", total=steps, completed=done, facts="")
         for last in run:
-            file.write(json.dumps(last.as_dict()) + "\n")
-            file.flush()
-            os.fsync(file.fileno())  # a checkpoint of this step may follow, and counts on it
+            _append(file, json.dumps(last.as_dict()))
             progress.update(task, advance=1, facts=_facts(last))
     assert last is not None
     return last
+
+
+def _append(file: TextIO, line: str) -> None:
+    try:
+        file.write(line + "\n")
+        file.flush()
+        os.fsync(file.fileno())  # a checkpoint of this step may follow, and counts on it
+    except OSError as error:
+        raise CheckpointError(
+            f"{file.name}: {error.strerror}; make room and go on with --resume"
+        ) from error
 
 
 def _progress() -> Progress:
