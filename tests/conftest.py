@@ -28,6 +28,12 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("filterwarnings", "ignore:`is_gradient_checkpointing`:FutureWarning")
 
 
+@pytest.fixture(autouse=True)
+def same_threads() -> None:
+    """A scheduler in this process sets what later threads compute with, and so the last bits."""
+    torch.set_num_threads(2)
+
+
 @dataclass
 class Daemon:
     """A running ``trunkd``."""

@@ -80,6 +80,8 @@ class KeptAnswers:
         """Begins a message; its answer is kept even if the connection breaks meanwhile."""
         self._bound()
         task = asyncio.get_running_loop().create_task(work)
+        # Looked at, even if the connection is gone and nobody fetches the answer.
+        task.add_done_callback(lambda done: done.cancelled() or done.exception())
         self._kept[message_id] = _Kept(kind, task)
         return task
 

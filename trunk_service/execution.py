@@ -13,7 +13,7 @@ import torch
 from shared.errors import ResourceExhaustedError, TrunkInternalError, TrunklineError
 from shared.failpoints import reach
 from shared.pb.trunkline.v1 import trunk_pb2 as pb
-from shared.wire.error_codes import to_message
+from shared.wire.error_codes import short, to_message
 from trunk_service.answers import Answer
 from trunk_service.handlers import HANDLERS
 from trunk_service.metrics import TrunkMetrics
@@ -24,6 +24,8 @@ from trunk_service.tracing import span
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
+
+_MAX_ID_CHARS = 100
 
 
 class Execution:
@@ -104,9 +106,9 @@ class Execution:
         extra = {
             "session": session.session_id if session else None,
             "message_id": message.id,
-            "request": getattr(body, "request_id", None),
+            "request": getattr(body, "request_id", "")[:_MAX_ID_CHARS] or None,
         }
-        logger.info("refused: %s: %s", type(error).__name__, error, extra=extra)
+        logger.info("refused: %s: %s", type(error).__name__, short(error), extra=extra)
 
     def count_in(self, tenant: str, count: int) -> None:
         """Counts bytes of a frame that came."""

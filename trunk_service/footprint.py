@@ -43,7 +43,8 @@ def _saved_bytes(model: Any, tokens: int, hidden_size: int, dtype: torch.dtype) 
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in weights:
             saved[storage.data_ptr()] = storage.nbytes()
-        return tensor
+        # Not the tensor itself: its node would hold it, and it the node, out of gc's sight.
+        return tensor.detach()
 
     device = next(model.parameters()).device
     hidden = torch.zeros(1, tokens, hidden_size, dtype=dtype, device=device, requires_grad=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 
@@ -72,10 +72,14 @@ class HeldRequests:
         if held is None:
             return None
         before = held.request
-        named = (request.adapter, request.without_adapter, request.step, request.micro)
-        if named != (before.adapter, before.without_adapter, before.step, before.micro):
+        if _plain(request) != _plain(before):
             return None
-        return held if torch.equal(request.hidden_BTD, before.hidden_BTD) else None
+        pairs = (
+            (request.hidden_BTD, before.hidden_BTD),
+            (request.attention_mask, before.attention_mask),
+            (request.position_ids, before.position_ids),
+        )
+        return held if all(_equal(a, b) for a, b in pairs) else None
 
     def add(
         self,
@@ -140,3 +144,14 @@ class HeldRequests:
     def forget_used(self) -> None:
         """Lets ids of finished requests be used again, so that their list stays bounded."""
         self._used.clear()
+
+
+def _plain(request: ForwardRequest) -> tuple[object, ...]:
+    tensors = ("hidden_BTD", "attention_mask", "position_ids")
+    return tuple(getattr(request, f.name) for f in fields(request) if f.name not in tensors)
+
+
+def _equal(first: torch.Tensor | None, second: torch.Tensor | None) -> bool:
+    if first is None or second is None:
+        return first is second
+    return first.dtype == second.dtype and torch.equal(first, second)

@@ -50,6 +50,7 @@ def write_state(optimizer: torch.optim.Optimizer, names: list[str], state: State
                 f"optimizer state {full_name} {tuple(tensor.shape)} is not accepted: "
                 f"{'no such entry' if shape is None else f'its shape is {shape}'}"
             )
+        _check_values(full_name, key, tensor)
         plain, _, number = key.partition(":")
         by_name.setdefault(name, {})[plain] = _NUMBERS[number](tensor) if number else tensor
     if missing := expected.keys() - state.keys():
@@ -60,6 +61,16 @@ def write_state(optimizer: torch.optim.Optimizer, names: list[str], state: State
     indexed = {i: by_name[name] for i, name in enumerate(names) if name in by_name}
     groups = optimizer.state_dict()["param_groups"]
     optimizer.load_state_dict({"state": indexed, "param_groups": groups})
+
+
+def _check_values(full_name: str, key: str, tensor: torch.Tensor) -> None:
+    """Refuses numbers that no training arrives at and that optimizers divide by."""
+    if not bool(torch.isfinite(tensor).all()):
+        raise OptimizerError(f"optimizer state {full_name} has values that are not finite")
+    if key.partition(":")[0] == "step":
+        count = float(tensor)
+        if count < 0 or count != int(count):
+            raise OptimizerError(f"optimizer state {full_name} is {count}: not a number of steps")
 
 
 def _expected(

@@ -40,6 +40,7 @@ _OPTIONS = [
     ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
     ("grpc.keepalive_permit_without_calls", 1),
     ("grpc.enable_channelz", 0),
+    ("grpc.max_concurrent_streams", 100),  # of one connection
 ]
 
 

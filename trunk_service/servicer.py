@@ -48,7 +48,6 @@ class TrunkServicer:
             {
                 "GetInfo": grpc.unary_unary_rpc_method_handler(
                     self.get_info,
-                    request_deserializer=pb.GetInfoRequest.FromString,
                     response_serializer=pb.GetInfoResponse.SerializeToString,
                 ),
                 "Session": grpc.stream_stream_rpc_method_handler(self.session),
@@ -56,9 +55,9 @@ class TrunkServicer:
         )
 
     async def get_info(
-        self, request: pb.GetInfoRequest, context: grpc.aio.ServicerContext[object, object]
+        self, request: bytes, context: grpc.aio.ServicerContext[object, object]
     ) -> pb.GetInfoResponse:
-        """Answers what this trunk serves and accepts."""
+        """Answers what this trunk serves and accepts; there is nothing in the request to read."""
         try:
             self._authenticator.identify(context)
         except AuthenticationError as error:

@@ -62,6 +62,12 @@ class TenantSession:
         self.adapters.add(AdapterRequest("", request.peft_config_json, request.seed))
 
     @property
+    def trainable_parameters(self) -> int:
+        """Of the session's own adapter; 0 when it was removed."""
+        own = dict(self.adapters.items()).get("")
+        return 0 if own is None else own.trainable_parameters
+
+    @property
     def holds_gradients(self) -> bool:
         """Whether gradients wait for their step."""
         return any(len(adapter.gradients) for adapter in self.adapters)

@@ -69,9 +69,12 @@ class SessionStream:
         info, limits = registry.trunk.info, registry.limits
 
         def cap(message: pb.SessionRequest) -> int:
+            if self._session is None:
+                return 0  # whoever has no session yet has nothing to send
             return translate.max_tensor_bytes(message, info, limits)
 
-        widest = cap(pb.SessionRequest(forward=pb.Forward()))
+        forward = pb.SessionRequest(forward=pb.Forward())
+        widest = translate.max_tensor_bytes(forward, info, limits)
         self._inbox = Inbox(pb.SessionRequest, cap, max_open_bytes=2 * widest)
 
     async def serve(self, frames: AsyncIterator[bytes]) -> None:
@@ -205,7 +208,7 @@ class SessionStream:
         session.disconnect = lambda: self._disconnect(self)
         result = pb.OpenResult(
             session_id=session.session_id,
-            trainable_parameters=session.state.adapters.get("").trainable_parameters,
+            trainable_parameters=session.state.trainable_parameters,
             epoch=session.epoch,
             max_requests_in_flight=self._registry.limits.max_requests_in_flight,
         )
@@ -219,7 +222,7 @@ class SessionStream:
         except asyncio.CancelledError:
             opened.add_done_callback(self._registry.close_late)
             raise
-        count = session.state.adapters.get("").trainable_parameters
+        count = session.state.trainable_parameters
         extra = {"session": session.session_id, "tenant": tenant, "trainable_parameters": count}
         logger.info("session opened", extra=extra)
         return session

@@ -23,6 +23,9 @@ _TABLE: dict[int, type[errors.TrunklineError]] = {
     pb.ERROR_CODE_INTERNAL: errors.TrunkInternalError,
 }
 
+MAX_MESSAGE_CHARS = 2000
+"""Of an error's text: what was given may be of any length, and is repeated in it."""
+
 _CODES = {error: code for code, error in _TABLE.items()}
 
 
@@ -31,8 +34,16 @@ def to_message(error: errors.TrunklineError) -> pb.Error:
     code = next((_CODES[c] for c in type(error).__mro__ if c in _CODES), pb.ERROR_CODE_INTERNAL)
     retry_after_s = getattr(error, "retry_after_s", 0.0)
     return pb.Error(
-        code=pb.ErrorCode.ValueType(code), message=str(error), retry_after_s=retry_after_s
+        code=pb.ErrorCode.ValueType(code), message=short(error), retry_after_s=retry_after_s
     )
+
+
+def short(error: Exception) -> str:
+    """An error's text, cut where it is longer than anybody reads."""
+    text = str(error)
+    if len(text) <= MAX_MESSAGE_CHARS:
+        return text
+    return f"{text[:MAX_MESSAGE_CHARS]}… ({len(text)} characters)"
 
 
 def to_exception(message: pb.Error) -> errors.TrunklineError:

@@ -30,7 +30,7 @@ def main() -> None:
     parser.add_argument("--kills", type=int, help="kills: how many; 200, short 8")
     parser.add_argument("--steps", type=int, help="kills: optimizer steps; 500, short 40")
     parser.add_argument("--cycles", type=int, help="die: how many; 2000, short 300")
-    parser.add_argument("--keep", type=Path, help="folder for all files, which stay there")
+    parser.add_argument("--keep", type=Path, help="folder in which all files stay")
     given = parser.parse_args()
     options = Options(given.short, given.seed, given.kills, given.steps, given.cycles)
     names = EXPERIMENTS if given.name == "all" else (given.name,)
@@ -41,8 +41,9 @@ def main() -> None:
 def _run(name: str, options: Options, keep: Path | None) -> bool:
     """Runs an experiment and prints its line; returns whether its bounds held."""
     report = Report(name)
-    folder = keep / name if keep else Path(tempfile.mkdtemp(prefix=f"chaos-{name}-"))
-    folder.mkdir(parents=True, exist_ok=True)
+    if keep:
+        keep.mkdir(parents=True, exist_ok=True)
+    folder = Path(tempfile.mkdtemp(prefix=f"chaos-{name}-", dir=keep))
     started = time.monotonic()
     try:
         with set_stage(folder) as stage:

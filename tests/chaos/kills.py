@@ -224,12 +224,13 @@ class Driver:
         killed, done = sum(self.killed.values()), self._training.metrics.last_step
         if killed >= self._kills:
             return ""
-        # As many kills as steps, in shares of what is wanted of both: whoever is behind sets how
-        # long the next life is.
-        behind = killed / self._kills < done / self._training.steps
-        shortest, longest = _SHORT_LIFE if behind else _LONG_LIFE
+        shortest, longest = _LONG_LIFE
         if side == "client":
             longest = round(longest * _TRUNK_SHARE / (1 - _TRUNK_SHARE))
+        # As many kills as steps, in shares of what is wanted of both: a life that could carry the
+        # steps past the kills is a short one, or the run would end before all of them.
+        if (killed + 1) / self._kills < (done + longest) / self._training.steps:
+            shortest, longest = _SHORT_LIFE
         name = self._chance.choice(failpoints)
         passed = _PASSED_BY_STEP.get(name.rpartition(".")[0])
         count = self._chance.randint(shortest, longest) * passed if passed else 1

@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import signal
 import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 
 from tests.chaos.metrics import require_same_run
 from tests.chaos.options import Options
 from tests.chaos.processes import START_TIMEOUT_S, Training, Trunk, wait_until
 from tests.chaos.relay import Relay
-from tests.chaos.report import Report
+from tests.chaos.report import BrokenError, Report
 from tests.chaos.stage import Stage
 
 NOTICED_BOUND_S = 30.0
@@ -25,8 +28,37 @@ _STOPPED_CLIENT_S = 40.0
 DETACHED = "session waits for its client"
 
 
+@dataclass
+class Halt:
+    """Something that keeps a run from going on, and when that was."""
+
+    training: Training
+    act: Callable[[], None]
+    until: int = _STOP_AT
+    """The step that is waited for: first to act, then to see that the run has gone on."""
+    halted_at: float | None = None
+
+    def begin(self) -> None:
+        self.act()
+        self.halted_at = time.monotonic()
+        self.training.metrics.look()
+        # What was under way may still have been answered: the step after that was not.
+        self.until = self.training.metrics.last_step + 2
+        if self.until > self.training.steps:
+            raise BrokenError(f"{self.training.out.name} was over before it was halted")
+
+    def end(self, report: Report) -> None:
+        assert self.halted_at is not None
+        took, name = time.monotonic() - self.halted_at, self.training.out.name
+        report.note(**{f"{name}_noticed_s": round(took, 2)})
+        report.require(
+            took <= NOTICED_BOUND_S,
+            f"{name}: went on {took:.1f} s after the halt, bound {NOTICED_BOUND_S:g} s",
+        )
+
+
 def run(stage: Stage, options: Options, report: Report) -> None:
-    steps = 60 if options.short else 300
+    steps = 150 if options.short else 300
     stopping, spare = Trunk(stage, "stopping_trunk"), Trunk(stage, "trunk")
     forgetting = Trunk(stage, "forgetting_trunk", "--resume-window-s", "1")
     trunks = [stopping, spare] + ([] if options.short else [forgetting])
@@ -40,22 +72,19 @@ def run(stage: Stage, options: Options, report: Report) -> None:
     reference = Training(stage, "undisturbed", spare.address, steps)
     frozen_trunk = _training(stage, "frozen_trunk", f"{stopping.address},{spare.address}", steps)
     black_hole = _training(stage, "black_hole", f"{relay.address},{spare.address}", steps)
-    for run_ in (reference, frozen_trunk, black_hole):
+    for run_ in (frozen_trunk, black_hole):
         run_.start()
-    reference.finish(START_TIMEOUT_S)
-
-    _reach(frozen_trunk, _STOP_AT)
     assert stopping.child is not None
-    stopping.child.send(signal.SIGSTOP)
-    _reach(black_hole, _STOP_AT)
-    relay.freeze()
-    report.note(
-        frozen_trunk_noticed_s=_noticed(report, frozen_trunk),
-        black_hole_noticed_s=_noticed(report, black_hole),
-    )
+    halts = [
+        Halt(frozen_trunk, partial(stopping.child.send, signal.SIGSTOP)),
+        Halt(black_hole, relay.freeze),
+    ]
+    reference.start()
+    _halt_and_wait(report, halts)
     # What was swallowed arrives after all: nobody may take it for news.
     relay.thaw()
     stopping.child.send(signal.SIGCONT)
+    reference.finish(START_TIMEOUT_S)
     for run_ in (frozen_trunk, black_hole):
         run_.finish(START_TIMEOUT_S)
         require_same_run(report, reference.out, run_.out)
@@ -77,20 +106,22 @@ def _reach(training: Training, step: int) -> None:
     wait_until(training.past(step), [training.child], START_TIMEOUT_S, f"step {step}")
 
 
-def _noticed(report: Report, training: Training) -> float:
-    """Seconds until the run has gone on, from a stop that was just now."""
-    assert training.child is not None
-    training.metrics.look()
-    # What was under way may still have been answered: the step after that was not.
-    target = min(training.metrics.last_step + 2, training.steps)
-    started = time.monotonic()
-    wait_until(training.past(target), [training.child], _PATIENCE_S, f"{training.out.name} noticed")
-    took = time.monotonic() - started
-    report.require(
-        took <= NOTICED_BOUND_S,
-        f"{training.out.name}: went on {took:.1f} s after the stop, bound {NOTICED_BOUND_S:g} s",
-    )
-    return round(took, 2)
+def _halt_and_wait(report: Report, halts: list[Halt]) -> None:
+    """Halts each run at its step, all of them at a time, and waits until each has gone on."""
+    waiting = list(halts)
+    children = [halt.training.child for halt in halts if halt.training.child is not None]
+
+    def any_moved() -> bool:
+        return any(halt.training.past(halt.until)() for halt in waiting)
+
+    while waiting:
+        wait_until(any_moved, children, START_TIMEOUT_S, "runs that were halted and go on")
+        for halt in [h for h in waiting if h.training.past(h.until)()]:
+            if halt.halted_at is None:
+                halt.begin()
+            else:
+                waiting.remove(halt)
+                halt.end(report)
 
 
 def _stop_client(stage: Stage, report: Report, name: str, trunk: Trunk, steps: int) -> None:
