@@ -48,7 +48,7 @@ class Journal:
         self._held: dict[str, int] = {}
         self._caches: dict[str, list[int]] = {}
         self._unstepped: set[str] = set()
-        self.nbytes = 0
+        self.nbytes = self.steps = 0
         self.optimizers: dict[str, pb.Optimizer] = {}
         """Of the last step of each adapter."""
         self.added: dict[str, pb.SessionRequest] = {}
@@ -78,6 +78,7 @@ class Journal:
         elif kind in _CHANGES or (kind == "importance" and message.importance.update):
             self._add(message, tensors)
         if kind == "step":
+            self.steps += 1
             self.optimizers[message.step.adapter] = message.step.optimizer
             self._unstepped.discard(message.step.adapter)
             self._forget_held(message.step.adapter)
@@ -95,7 +96,7 @@ class Journal:
         """Replaces all entries by those that restore a snapshot taken at a quiet moment."""
         assert self.quiet
         self._entries.clear()
-        self.nbytes = 0
+        self.nbytes = self.steps = 0
         for entry in base:
             self._keep(entry)
 

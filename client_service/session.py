@@ -28,8 +28,9 @@ Tensors = dict[str, torch.Tensor]
 
 REQUEST_TIMEOUT_S = 600.0
 RECONNECT_TIMEOUT_S = 60.0
-JOURNAL_BYTES = 64 * 1024**2
-"""Requests are kept up to this many bytes before a snapshot takes their place."""
+JOURNAL_BYTES, JOURNAL_STEPS = 64 * 1024**2, 8
+"""Requests are kept up to this much before a snapshot takes their place: what a trunk that is lost
+costs is the time to do so many steps again."""
 
 
 class TrunkSession:
@@ -272,7 +273,7 @@ class TrunkSession:
     def _shorten_journal(self) -> None:
         """Lets a snapshot take the place of many requests, between two steps."""
         journal = self._link.journal
-        if journal.nbytes <= JOURNAL_BYTES:
+        if journal.nbytes <= JOURNAL_BYTES and journal.steps < JOURNAL_STEPS:
             return
         names = ["", *journal.added] if self.trainable_parameters else list(journal.added)
         base = [Entry(message, {}) for message in journal.added.values()]
