@@ -282,14 +282,10 @@ class TrunkSession:
             message = pb.SessionRequest(snapshot=pb.Snapshot(adapter=name, parts=parts))
             answer = self._link.ask(message)
             step = answer.message.snapshot.committed_step
-            for prefix, optimizer in (
-                ("adapter/", None),
-                ("optimizer/", journal.optimizers.get(name)),
-            ):
-                tensors = {n: t for n, t in answer.tensors.items() if n.startswith(prefix)}
-                body = pb.Restore(adapter=name, committed_step=step, optimizer=optimizer)
-                if tensors:
-                    base.append(Entry(pb.SessionRequest(restore=body), tensors))
+            optimizer = journal.optimizers.get(name)
+            body = pb.Restore(adapter=name, committed_step=step, optimizer=optimizer)
+            # Before the first step there is no optimizer, and nothing of one.
+            base.append(Entry(pb.SessionRequest(restore=body), answer.tensors))
         journal.start_from(base)
 
     def _check(self, address: str, info: pb.GetInfoResponse) -> None:

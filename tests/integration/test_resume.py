@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig
+from peft import AdaLoraConfig, LoraConfig, PeftConfig
 
 import client_service.session
 from client_service.calls import ForwardCall, SessionTerms
@@ -60,10 +60,15 @@ class Run:
     recoveries: int
 
 
-def run(model: Path, address: str, meanwhile: Callable[[int, Any], None] = lambda *_: None) -> Run:
+def run(
+    model: Path,
+    address: str,
+    meanwhile: Callable[[int, Any], None] = lambda *_: None,
+    config: PeftConfig = LORA,
+) -> Run:
     """Trains a few steps; ``meanwhile`` is called between them."""
     split = SplitModelForCausalLM.from_pretrained(
-        model, address, peft_config=LORA, seed=1, reconnect_timeout_s=120
+        model, address, peft_config=config, seed=1, reconnect_timeout_s=120
     )
     losses = []
     for metrics in train(split, blocks(), TrainingPlan(steps=STEPS, grad_accum=2)):
@@ -128,6 +133,35 @@ def test_a_killed_trunk_is_replaced(
             end(doomed)
 
     found = run(model, f"{doomed.address},{trunk.address}", kill)
+    assert found.recoveries == 1
+    assert_same_bits(found, undisturbed)
+
+
+@pytest.mark.parametrize("step", [2, 4])
+def test_adalora_goes_on_on_another_trunk(
+    step: int, model: Path, trunk: Daemon, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From a snapshot, which has what its ranks are decided by."""
+    monkeypatch.setattr(client_service.session, "JOURNAL_STEPS", 1)
+    config = AdaLoraConfig(
+        task_type="CAUSAL_LM",
+        target_modules=["c_attn"],
+        fan_in_fan_out=True,
+        init_r=4,
+        target_r=2,
+        tinit=1,
+        tfinal=1,
+        deltaT=1,
+        total_step=STEPS,
+    )
+    undisturbed = run(model, trunk.address, config=config)
+    doomed = start_daemon(tmp_path, "--model", str(model), "--threads", "1")
+
+    def kill(now: int, split: Any) -> None:
+        if now == step:
+            end(doomed)
+
+    found = run(model, f"{doomed.address},{trunk.address}", kill, config)
     assert found.recoveries == 1
     assert_same_bits(found, undisturbed)
 
