@@ -8,16 +8,19 @@ with that one, since an allocator and gRPC's own pools need some load to reach t
 from __future__ import annotations
 
 import json
+import re
 import signal
 import time
+import urllib.request
 from dataclasses import asdict, dataclass
-from typing import Any
+from functools import partial
+from pathlib import Path
 
 import psutil
 
 from shared.pb.trunkline.v1 import trunk_pb2 as pb
 from tests.chaos.options import Options
-from tests.chaos.processes import START_TIMEOUT_S, Child, Trunk, wait_until
+from tests.chaos.processes import START_TIMEOUT_S, Child, Trunk, free_port, wait_until
 from tests.chaos.raw import RawSession
 from tests.chaos.relay import Relay
 from tests.chaos.report import BrokenError, Report
@@ -34,6 +37,10 @@ class Look:
     """What a quiet trunk has."""
 
     sessions: int
+    """As the trunk's metrics say."""
+    held_bytes: int
+    session_objects: int
+    """That can be reached in its heap."""
     tensors: int
     descriptors: int
     resident_bytes: int
@@ -43,19 +50,21 @@ def run(stage: Stage, options: Options, report: Report) -> None:
     cycles = options.cycles or (300 if options.short else 2000)
     warming = cycles // 10
     killed = 2 if options.short else 20
-    counts = stage.folder / "counts.json"
+    counts, metrics = stage.folder / "counts.json", f"127.0.0.1:{free_port()}"
     trunk = Trunk(
         stage,
         "trunk",
         "--resume-window-s",
         str(RESUME_WINDOW_S),
+        "--metrics",
+        metrics,
         module="tests.chaos.counted_trunk",
         environment={"CHAOS_COUNTS": str(counts)},
     )
     child = trunk.running()
     relay = Relay(trunk.address)
     stage.exits.callback(relay.close)
-    watch = Watch(child, counts)
+    watch = Watch(child, counts, metrics)
     first = watch.look()
     _die(relay, warming)
     warm = watch.look()
@@ -75,7 +84,8 @@ def run(stage: Stage, options: Options, report: Report) -> None:
         last=asdict(last),
         memory_growth=round(growth, 4),
     )
-    report.require(last.sessions == 0, f"{last.sessions} sessions are left")
+    for name in ("sessions", "held_bytes", "session_objects"):
+        report.require(getattr(last, name) == 0, f"{getattr(last, name)} {name} are left")
     report.require(
         last.tensors <= first.tensors,
         f"{last.tensors} tensors are alive, {first.tensors} were at the start",
@@ -95,10 +105,11 @@ class Watch:
     Args:
         child: A process of ``tests.chaos.counted_trunk``.
         counts: The file it counts into.
+        metrics: Where it serves them.
     """
 
-    def __init__(self, child: Child, counts: Any) -> None:
-        self._child, self._counts = child, counts
+    def __init__(self, child: Child, counts: Path, metrics: str) -> None:
+        self._child, self._counts, self._metrics = child, counts, metrics
         self._process = psutil.Process(child.pid)
 
     def look(self) -> Look:
@@ -107,12 +118,11 @@ class Watch:
         Raises:
             BrokenError: If that does not come.
         """
-        deadline = time.monotonic() + _QUIET_TIMEOUT_S
-        counted = self._count()
-        while counted["sessions"]:
-            if time.monotonic() > deadline:
-                raise BrokenError(f"{counted['sessions']} sessions are not freed")
-            counted = self._count()
+        sessions = partial(self._gauge, "trunkline_sessions")
+        try:
+            wait_until(lambda: not sessions(), [self._child], _QUIET_TIMEOUT_S, "freeing", False)
+        except BrokenError as error:
+            raise BrokenError(f"{sessions()} sessions of dead clients are left: {error}") from error
         last, since = self._resident, time.monotonic()
 
         def settled() -> bool:
@@ -124,11 +134,25 @@ class Watch:
 
         wait_until(settled, [self._child], _QUIET_TIMEOUT_S, "memory that settles")
         counted = self._count()
-        return Look(counted["sessions"], counted["tensors"], self._process.num_fds(), last)
+        return Look(
+            sessions=self._gauge("trunkline_sessions"),
+            held_bytes=self._gauge("trunkline_held_bytes"),
+            session_objects=counted["sessions"],
+            tensors=counted["tensors"],
+            descriptors=self._process.num_fds(),
+            resident_bytes=last,
+        )
 
     @property
     def _resident(self) -> int:
         return int(self._process.memory_info().rss)
+
+    def _gauge(self, name: str) -> int:
+        """The sum of a gauge over its labels."""
+        with urllib.request.urlopen(f"http://{self._metrics}/metrics", timeout=10) as answer:
+            shown = answer.read().decode()
+        lines = (line for line in shown.splitlines() if re.match(rf"{name}[ {{]", line))
+        return round(sum(float(line.rpartition(" ")[2]) for line in lines))
 
     def _count(self) -> dict[str, int]:
         self._counts.unlink(missing_ok=True)

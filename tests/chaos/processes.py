@@ -241,9 +241,20 @@ class Training:
 
 
 def wait_until(
-    holds: Callable[[], bool], children: Sequence[Child], timeout_s: float, what: str
+    holds: Callable[[], bool],
+    children: Sequence[Child],
+    timeout_s: float,
+    what: str,
+    dump: bool = True,
 ) -> float:
     """Waits until something holds; returns the seconds it took.
+
+    Args:
+        holds: What to wait for.
+        children: Who must live meanwhile.
+        timeout_s: How long to wait.
+        what: For the message.
+        dump: End the children if it takes too long, so that they say where they stand.
 
     Raises:
         BrokenError: If a child ends before, or it takes too long.
@@ -258,8 +269,8 @@ def wait_until(
             child = next(c for c in children if c.fd == dead[0][0])
             raise BrokenError(f"{what}: a process ended with {child.popen.wait()}: {child.said()}")
         if time.monotonic() - started > timeout_s:
-            stacks = "\n".join(child.stacks() for child in children)
-            raise BrokenError(f"{what} took more than {timeout_s:g} s: {stacks}")
+            stacks = "\n".join(child.stacks() for child in children) if dump else ""
+            raise BrokenError(f"{what} took more than {timeout_s:g} s {stacks}")
     return time.monotonic() - started
 
 

@@ -12,7 +12,7 @@ from tests.fuzz.script import read_scripts, write_scripts
 from tests.fuzz.watch import Watch, start_trunk
 
 SEED = 20_240_607
-SECONDS = 8.0
+SECONDS = 5.0
 
 
 def test_no_malformed_stream_harms_the_trunk_or_its_other_client(tmp_path: Path) -> None:

@@ -174,16 +174,20 @@ def check_resumes(
     assert saved(complete, place.out / "complete") == expected
 
 
+def slow(*values: Any) -> Any:
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
 @pytest.mark.parametrize(
     ("config", "how", "terms"),
     [
         (lora(), plan(), {}),
-        (lora(use_dora=True), plan(optimizer="adafactor"), {}),
-        (lora(), plan(optimizer="sgd", schedule="linear"), {"trunk_peft_config": None}),
-        (lora(), plan(), {"peft_parts": "trunk"}),
-        (IA3Config(task_type="CAUSAL_LM"), plan(), {}),
-        (PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3), plan(), {}),
-        (
+        slow(lora(use_dora=True), plan(optimizer="adafactor"), {}),
+        slow(lora(), plan(optimizer="sgd", schedule="linear"), {"trunk_peft_config": None}),
+        slow(lora(), plan(), {"peft_parts": "trunk"}),
+        slow(IA3Config(task_type="CAUSAL_LM"), plan(), {}),
+        slow(PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3), plan(), {}),
+        slow(
             PromptEncoderConfig(
                 task_type="CAUSAL_LM", num_virtual_tokens=3, encoder_hidden_size=16
             ),
@@ -191,7 +195,7 @@ def check_resumes(
             {},
         ),
         (None, plan(), {}),
-        (None, plan(), {"trunk_peft_config": lora(), "peft_parts": "top"}),
+        slow(None, plan(), {"trunk_peft_config": lora(), "peft_parts": "top"}),
     ],
     ids=["lora", "dora", "frozen trunk", "trunk", "ia3", "prefix", "p-tuning", "ends", "top"],
 )
@@ -201,12 +205,13 @@ def test_a_resumed_run_is_the_undisturbed_one(
     check_resumes(place, config, how, terms=terms)
 
 
-@pytest.mark.parametrize("at", [1, 3, 5, 6, 7])
+@pytest.mark.parametrize("at", [slow(1), slow(3), 5, slow(6), slow(7)])
 def test_adalora_goes_on_in_the_middle_of_its_allocation(at: int, place: Place) -> None:
     """Before, within and after its schedule, whose last allocation is at step 6."""
     check_resumes(place, adalora(), plan(), at)
 
 
+@pytest.mark.slow
 def test_adalora_on_one_side_goes_on(place: Place) -> None:
     check_resumes(place, adalora(), plan(), 3, {"peft_parts": "trunk"})
 

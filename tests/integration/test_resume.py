@@ -115,7 +115,7 @@ def test_a_broken_connection_is_resumed(model: Path, trunk: Daemon, undisturbed:
     assert resumed.count("session resumed") >= STEPS - 1
 
 
-@pytest.mark.parametrize("journal_bytes", [2**30, 0])
+@pytest.mark.parametrize("journal_bytes", [pytest.param(2**30, marks=pytest.mark.slow), 0])
 def test_a_killed_trunk_is_replaced(
     journal_bytes: int,
     model: Path,
@@ -137,6 +137,7 @@ def test_a_killed_trunk_is_replaced(
     assert_same_bits(found, undisturbed)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("step", [2, 4])
 def test_adalora_goes_on_on_another_trunk(
     step: int, model: Path, trunk: Daemon, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -166,6 +167,7 @@ def test_adalora_goes_on_on_another_trunk(
     assert_same_bits(found, undisturbed)
 
 
+@pytest.mark.slow
 def test_a_generation_outlives_its_trunk(model: Path, trunk: Daemon, tmp_path: Path) -> None:
     prompt = torch.arange(3, 9)[None]
     doomed = start_daemon(tmp_path, "--model", str(model), "--threads", "1")
@@ -220,6 +222,7 @@ def test_an_abandoned_session_is_freed(trunkd: Callable[..., Daemon], model: Pat
         session._link._open_at(daemon.address, opened)
 
 
+@pytest.mark.slow
 def test_another_model_is_no_replacement(
     model: Path, trunkd: Callable[..., Daemon], tmp_path: Path
 ) -> None:
@@ -232,7 +235,14 @@ def test_another_model_is_no_replacement(
         session.forward(HIDDEN, ForwardCall())
 
 
-@pytest.mark.parametrize("place", ["forward.before", "forward.after", "backward.before"])
+@pytest.mark.parametrize(
+    "place",
+    [
+        pytest.param("forward.before", marks=pytest.mark.slow),
+        pytest.param("forward.after", marks=pytest.mark.slow),
+        "backward.before",
+    ],
+)
 def test_memory_that_runs_out_costs_one_request(
     place: str, model: Path, trunk: Daemon, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
