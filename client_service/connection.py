@@ -139,15 +139,20 @@ class SessionConnection:
     def send(
         self, request: pb.SessionRequest, tensors: Mapping[str, torch.Tensor]
     ) -> Future[Answer]:
-        """Sends a request; its answer arrives in the future, or the error that it was."""
+        """Sends a request; its answer arrives in the future, or the error that it was.
+
+        Raises:
+            TensorError: If a tensor's dtype does not travel; nothing was sent.
+        """
         future: Future[Answer] = Future()
         message = pb.SessionRequest()
         message.CopyFrom(request)  # announcing the tensors changes it
+        frames = list(to_frames(message, tensors))  # raises before anything is remembered
         with self._lock:
             failure = self._failure
             if failure is None:
                 self._waiting[message.id] = future
-                for frame in to_frames(message, tensors):
+                for frame in frames:
                     self._traffic.bytes_sent += len(frame)
                     self._outgoing.put(frame)
         if failure is not None:

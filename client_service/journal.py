@@ -16,10 +16,6 @@ import torch
 
 from shared.pb.trunkline.v1 import trunk_pb2 as pb
 
-_CHANGES = frozenset(
-    {"forward", "backward", "step", "restore", "add_adapter", "remove_adapter", "allocate"}
-)
-
 
 @dataclass(frozen=True)
 class Entry:
@@ -47,8 +43,14 @@ class Journal:
         self._entries: dict[int, Entry] = {}
         self._held: dict[str, int] = {}
         self._caches: dict[str, list[int]] = {}
-        self._unstepped: set[str] = set()
-        self.nbytes = self.steps = 0
+        self._unstepped: dict[str, list[int]] = {}
+        self._committed: dict[str, int] = {}
+        self.version = 0
+        """Grows with every request that is noted."""
+        self.nbytes = self.base_nbytes = 0
+        """Of all tensors, and of those of the snapshot that it begins with."""
+        self.steps = 0
+        """Since that snapshot."""
         self.optimizers: dict[str, pb.Optimizer] = {}
         """Of the last step of each adapter."""
         self.added: dict[str, pb.SessionRequest] = {}
@@ -59,8 +61,8 @@ class Journal:
 
     @property
     def quiet(self) -> bool:
-        """Whether the trunk holds nothing that a snapshot would not have."""
-        return not (self._held or self._caches or self._unstepped)
+        """Whether no forward waits for its backward, and no gradient for its step."""
+        return not (self._held or self._unstepped)
 
     def entries(self) -> list[Entry]:
         """What to send again, in order."""
@@ -69,36 +71,43 @@ class Journal:
     def record(self, message: pb.SessionRequest, tensors: Mapping[str, torch.Tensor]) -> None:
         """Notes a request that was answered; one that changes nothing is not kept."""
         kind = message.WhichOneof("body")
+        noted = {
+            "forward": self._forward,
+            "backward": self._backward,
+            "step": self._step,
+            "restore": self._restore,
+            "remove_adapter": self._remove_adapter,
+        }
         if kind == "release":
             self._release(message.release)
-        elif kind == "backward":
-            self._backward(message, tensors)
-        elif kind == "forward":
-            self._forward(message, tensors)
-        elif kind in _CHANGES or (kind == "importance" and message.importance.update):
+        elif kind in noted:
+            noted[kind](message, tensors)
+        elif kind in ("add_adapter", "allocate") or (
+            kind == "importance" and message.importance.update
+        ):
             self._add(message, tensors)
-        if kind == "step":
-            self.steps += 1
-            self.optimizers[message.step.adapter] = message.step.optimizer
-            self._unstepped.discard(message.step.adapter)
-            self._forget_held(message.step.adapter)
-        elif kind == "restore":
-            self._forget_held(message.restore.adapter)
-            if message.restore.HasField("optimizer"):
-                self.optimizers[message.restore.adapter] = message.restore.optimizer
-        elif kind == "add_adapter":
-            self.added[message.add_adapter.adapter] = message
-        elif kind == "remove_adapter":
-            self.added.pop(message.remove_adapter.adapter, None)
-            self._unstepped.discard(message.remove_adapter.adapter)
+            if kind == "add_adapter":
+                self.added[message.add_adapter.adapter] = message
+        else:
+            return
+        self.version += 1
 
     def start_from(self, base: Iterable[Entry]) -> None:
-        """Replaces all entries by those that restore a snapshot taken at a quiet moment."""
+        """Replaces all entries by those that restore a snapshot taken at a quiet moment.
+
+        What fills caches stays: it is computed anew with the weights of the snapshot, so a cache
+        that is kept over training steps is the one thing that may come back with other bits.
+        """
         assert self.quiet
+        caches = {n: [self._entries[i] for i in numbers] for n, numbers in self._caches.items()}
         self._entries.clear()
+        self._caches.clear()
         self.nbytes = self.steps = 0
         for entry in base:
             self._keep(entry)
+        self.base_nbytes = self.nbytes
+        for name, entries in caches.items():
+            self._caches[name] = [self._keep(entry) for entry in entries]
 
     def _forward(self, message: pb.SessionRequest, tensors: Mapping[str, torch.Tensor]) -> None:
         body = message.forward
@@ -106,6 +115,8 @@ class Journal:
             if body.request_id not in self._held:  # a repeated one is there already
                 self._held[body.request_id] = self._add(message, tensors)
         elif body.cache_id:
+            if body.cache_ops and body.cache_ops[0].HasField("reset"):
+                self._release(pb.Release(cache_ids=[body.cache_id]))
             self._caches.setdefault(body.cache_id, []).append(self._add(message, tensors))
 
     def _backward(self, message: pb.SessionRequest, tensors: Mapping[str, torch.Tensor]) -> None:
@@ -115,8 +126,55 @@ class Journal:
         if forward.without_adapter or not (named or (self._trainable and not forward.adapter)):
             self._drop(number)  # it left nothing behind
             return
+        if message.backward.reset_gradients:
+            for before in self._unstepped.pop(forward.adapter, []):
+                self._drop(before)
+        entries = self._unstepped.setdefault(forward.adapter, [])
+        entries += [number, self._add(message, tensors)]
+
+    def _step(self, message: pb.SessionRequest, tensors: Mapping[str, torch.Tensor]) -> None:
+        body = message.step
+        if body.step <= self._committed.get(body.adapter, 0):
+            return  # was answered again, not done again
+        self._committed[body.adapter] = body.step
         self._add(message, tensors)
-        self._unstepped.add(forward.adapter)
+        self.steps += 1
+        self.optimizers[body.adapter] = body.optimizer
+        self._unstepped.pop(body.adapter, None)
+        self._forget_held(body.adapter)
+
+    def _restore(self, message: pb.SessionRequest, tensors: Mapping[str, torch.Tensor]) -> None:
+        body = message.restore
+        self._add(message, tensors)
+        if tensors:
+            self._forget_held(body.adapter)
+        if body.HasField("optimizer"):
+            self.optimizers[body.adapter] = body.optimizer
+        if body.HasField("committed_step"):
+            self._committed[body.adapter] = body.committed_step
+
+    def _remove_adapter(
+        self, message: pb.SessionRequest, tensors: Mapping[str, torch.Tensor]
+    ) -> None:
+        name = message.remove_adapter.adapter
+        self._forget_held(name)
+        self._unstepped.pop(name, None)
+        for known in (self.added, self.optimizers, self._committed):
+            known.pop(name, None)  # type: ignore[attr-defined]
+        cached = {i for numbers in self._caches.values() for i in numbers}
+        if any(_adapter_of(self._entries[i].message) == name for i in cached):
+            self._add(message, tensors)  # what fills a cache still needs it
+            return
+        if not name:
+            self._add(message, tensors)  # it comes with the session, and is removed again
+            return
+        gone: set[str] = set()
+        for number, entry in list(self._entries.items()):
+            body = entry.message
+            of_it = body.WhichOneof("body") == "backward" and body.backward.request_id in gone
+            if of_it or _adapter_of(body) == name:
+                gone.add(body.forward.request_id)
+                self._drop(number)
 
     def _release(self, body: pb.Release) -> None:
         for request_id in body.request_ids:
@@ -134,7 +192,8 @@ class Journal:
 
     def _add(self, message: pb.SessionRequest, tensors: Mapping[str, torch.Tensor]) -> int:
         # Copies: the caller may change its tensors once it has its answer.
-        return self._keep(Entry(message, {n: t.detach().clone() for n, t in tensors.items()}))
+        copies = {n: t.detach().to("cpu", copy=True) for n, t in tensors.items()}
+        return self._keep(Entry(message, copies))
 
     def _keep(self, entry: Entry) -> int:
         number = next(self._numbers)
@@ -144,3 +203,9 @@ class Journal:
 
     def _drop(self, number: int) -> None:
         self.nbytes -= self._entries.pop(number).nbytes
+
+
+def _adapter_of(message: pb.SessionRequest) -> str | None:
+    """The adapter that a request means; a backward's is its forward's."""
+    body = getattr(message, message.WhichOneof("body") or "open")
+    return getattr(body, "adapter", None)

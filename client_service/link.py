@@ -28,7 +28,7 @@ from client_service.connection import (
     open_channel,
 )
 from client_service.credentials import Credentials
-from client_service.journal import Journal
+from client_service.journal import Entry, Journal
 from shared.errors import (
     ModelMismatchError,
     ResourceExhaustedError,
@@ -86,6 +86,7 @@ class SessionLink:
         """How often a connection was lost and made anew."""
         self._changed = threading.Condition(threading.RLock())
         self._pending: dict[int, _Pending] = {}
+        self._deadline = 0.0
         self._next_id = 2  # 1 is Open's, on every connection
         self._recovering = self._resumable = self._closed = False
         self._failure: TrunklineError | None = None
@@ -118,7 +119,11 @@ class SessionLink:
             self._check_alive()
             pending = _Pending(message, tensors or {})
             self._give_id(pending)
-            self._submit(pending)
+            try:
+                self._submit(pending)
+            except BaseException:
+                self._pending.pop(pending.message.id, None)
+                raise
             return pending.future
 
     def ask(
@@ -155,6 +160,17 @@ class SessionLink:
             connection = self._connection
         connection.close()
 
+    def shorten_journal(self, version: int, base: list[Entry]) -> None:
+        """Lets what restores a snapshot take the place of all requests before it.
+
+        Args:
+            version: The journal's, before the snapshot was taken: if it has grown since, it stays.
+            base: Requests that restore the snapshot.
+        """
+        with self._changed:
+            if self.journal.version == version and self.journal.quiet:
+                self.journal.start_from(base)
+
     @property
     def _ready(self) -> bool:
         return not self._recovering and len(self._pending) < self.opened.max_requests_in_flight
@@ -189,7 +205,12 @@ class SessionLink:
             if pending is None:
                 return
             if error is None and self._reconnect_timeout_s:
-                self.journal.record(pending.message, pending.tensors)
+                try:
+                    self.journal.record(pending.message, pending.tensors)
+                except Exception:
+                    # It went well on the trunk; only a lost trunk cannot be replaced any more.
+                    logger.exception("a request could not be noted")
+                    self._reconnect_timeout_s = 0.0
             self._changed.notify_all()
         if error is None:
             pending.future.set_result(answered.result())
@@ -228,6 +249,7 @@ class SessionLink:
         else:
             lost.close()
         started, pause_s = time.monotonic(), _FIRST_PAUSE_S
+        self._deadline = started + self._reconnect_timeout_s
         while True:
             for address in self._in_turn():
                 failure = self._try(address)
@@ -238,7 +260,7 @@ class SessionLink:
                 if not self._worth_another_try(failure):
                     self._fail(failure)
                     return
-            if self._closed or time.monotonic() > started + self._reconnect_timeout_s:
+            if self._closed or time.monotonic() > self._deadline:
                 assert failure is not None
                 self._fail(failure)
                 return
@@ -284,7 +306,9 @@ class SessionLink:
         connection, _, opened = self._open_at(self.address, message)
         with self._changed:
             self.opened = opened
-            self._go_on(connection)
+            goes_on = self._go_on(connection)
+        if not goes_on:
+            connection.close()
 
     def _rebuild(self, address: str) -> None:
         """Opens a new session and brings it to where the lost one was."""
@@ -295,12 +319,10 @@ class SessionLink:
                 raise ModelMismatchError(
                     f"trunk {address} serves other weights than the one that was lost"
                 )
-            for entry in self.journal.entries():
-                message = pb.SessionRequest()
-                message.CopyFrom(entry.message)
-                message.id, message.acknowledged = next_id, next_id - 1
-                next_id += 1
-                connection.ask(message, entry.tensors, self._timeout_s)
+            with self._changed:
+                entries = self.journal.entries()
+            for entry in entries:
+                next_id = self._send_again(connection, entry, next_id)
         except BaseException:
             connection.close()
             raise
@@ -311,23 +333,43 @@ class SessionLink:
             waiting, self._pending = list(self._pending.values()), {}
             for pending in waiting:
                 self._give_id(pending)
-            self._go_on(connection)
+            goes_on = self._go_on(connection)
+        if not goes_on:
+            connection.close()
 
-    def _go_on(self, connection: SessionConnection) -> None:
+    def _send_again(self, connection: SessionConnection, entry: Entry, next_id: int) -> int:
+        """Sends a request of the journal, as often as the trunk is too busy for it."""
+        while True:
+            message = pb.SessionRequest()
+            message.CopyFrom(entry.message)
+            message.id, message.acknowledged = next_id, next_id - 1
+            next_id += 1
+            try:
+                connection.ask(message, entry.tensors, self._timeout_s)
+                return next_id
+            except ResourceExhaustedError as error:
+                if self._closed or time.monotonic() > self._deadline:
+                    raise
+                time.sleep(max(error.retry_after_s, _FIRST_PAUSE_S))
+
+    def _go_on(self, connection: SessionConnection) -> bool:
+        """Sends on this connection from now on; tells if nobody wants to any more."""
+        if self._closed or self._failure is not None:
+            return False
         self._connection = connection
         self.recoveries += 1
         self._recovering = False
         for pending in list(self._pending.values()):
             self._submit(pending)
         self._changed.notify_all()
-        if self._closed:
-            connection.close()
+        return True
 
     def _open_at(
         self, address: str, message: pb.Open | None = None
     ) -> tuple[SessionConnection, pb.GetInfoResponse, pb.OpenResult]:
         # A channel of its own each time: one that failed waits longer and longer by itself.
         channel = open_channel(address, self._credentials)
+        connection = None
         try:
             info = get_info(channel, address, CONNECT_TIMEOUT_S)
             self._check(address, info)
@@ -335,6 +377,8 @@ class SessionLink:
             request = pb.SessionRequest(id=1, open=message or self._open_message(info))
             answer = connection.ask(request, {}, self._timeout_s)
         except BaseException:
+            if connection is not None:
+                connection.abandon()
             channel.close()
             raise
         return connection, info, answer.message.open

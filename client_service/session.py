@@ -19,7 +19,7 @@ from client_service.credentials import Credentials
 from client_service.journal import Entry
 from client_service.link import SessionLink
 from client_service.optimizer_spec import OptimizerSettings
-from shared.errors import InvalidInputError, ModelMismatchError
+from shared.errors import InvalidInputError, ModelMismatchError, ResourceExhaustedError
 from shared.failpoints import reach
 from shared.pb.trunkline.v1 import trunk_pb2 as pb
 from shared.wire.dtypes import to_wire
@@ -273,20 +273,27 @@ class TrunkSession:
     def _shorten_journal(self) -> None:
         """Lets a snapshot take the place of many requests, between two steps."""
         journal = self._link.journal
-        if journal.nbytes <= JOURNAL_BYTES and journal.steps < JOURNAL_STEPS:
+        grown = journal.nbytes - journal.base_nbytes
+        # A snapshot is worth its bytes once as much again has come together, or nearly.
+        due = journal.steps >= JOURNAL_STEPS and 4 * grown >= journal.base_nbytes
+        if not due and grown <= max(JOURNAL_BYTES, journal.base_nbytes):
             return
+        version = journal.version
         names = ["", *journal.added] if self.trainable_parameters else list(journal.added)
         base = [Entry(message, {}) for message in journal.added.values()]
         for name in names:
             parts = [pb.SNAPSHOT_PART_ADAPTER, pb.SNAPSHOT_PART_OPTIMIZER]
             message = pb.SessionRequest(snapshot=pb.Snapshot(adapter=name, parts=parts))
-            answer = self._link.ask(message)
+            try:
+                answer = self._link.ask(message)
+            except ResourceExhaustedError:
+                return  # before the next step, then
             step = answer.message.snapshot.committed_step
             optimizer = journal.optimizers.get(name)
             body = pb.Restore(adapter=name, committed_step=step, optimizer=optimizer)
             # Before the first step there is no optimizer, and nothing of one.
             base.append(Entry(pb.SessionRequest(restore=body), answer.tensors))
-        journal.start_from(base)
+        self._link.shorten_journal(version, base)
 
     def _check(self, address: str, info: pb.GetInfoResponse) -> None:
         terms = self.terms

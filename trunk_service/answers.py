@@ -33,6 +33,13 @@ class _Kept:
         return sum(t.nbytes for t in self.task.result()[1].values())
 
 
+def _strip(task: asyncio.Task[Answer]) -> None:
+    """Leaves of an error its text: its frames would keep the request's tensors."""
+    if task.cancelled() or (error := task.exception()) is None:
+        return
+    error.__traceback__ = error.__cause__ = error.__context__ = None
+
+
 class KeptAnswers:
     """Answers by message id. Used on the event loop alone.
 
@@ -80,8 +87,7 @@ class KeptAnswers:
         """Begins a message; its answer is kept even if the connection breaks meanwhile."""
         self._bound()
         task = asyncio.get_running_loop().create_task(work)
-        # Looked at, even if the connection is gone and nobody fetches the answer.
-        task.add_done_callback(lambda done: done.cancelled() or done.exception())
+        task.add_done_callback(_strip)
         self._kept[message_id] = _Kept(kind, task)
         return task
 

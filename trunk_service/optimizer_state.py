@@ -64,12 +64,13 @@ def write_state(optimizer: torch.optim.Optimizer, names: list[str], state: State
 
 
 def _check_values(full_name: str, key: str, tensor: torch.Tensor) -> None:
-    """Refuses numbers that no training arrives at and that optimizers divide by."""
-    if not bool(torch.isfinite(tensor).all()):
-        raise OptimizerError(f"optimizer state {full_name} has values that are not finite")
+    """Refuses counts of steps that no training arrives at: optimizers divide by them.
+
+    Moments may be infinite: a training whose gradients overflowed once has such.
+    """
     if key.partition(":")[0] == "step":
         count = float(tensor)
-        if count < 0 or count != int(count):
+        if not 0 <= count < float("inf") or count != int(count):
             raise OptimizerError(f"optimizer state {full_name} is {count}: not a number of steps")
 
 

@@ -31,7 +31,7 @@ from trunk_service.trunk import Trunk
 logger = logging.getLogger(__name__)
 
 # Answers that wait for a client to come back and fetch them, in bytes of one session.
-_KEPT_ANSWER_BYTES = 256 * 1024**2
+_KEPT_ANSWER_BYTES = 64 * 1024**2
 
 
 @dataclass
@@ -46,6 +46,8 @@ class OpenSession:
     """Grows with every connection; only the newest may change the session."""
     disconnect: Callable[[], None] | None = None
     """Ends the connection that has the session now; None while it waits for one."""
+    opening: bool = True
+    """Until its first connection knows of it."""
     last_used: float = field(default_factory=time.monotonic)
     freeing: Future[None] | None = None
     """The task that frees its expired requests, once there was one."""
@@ -53,7 +55,7 @@ class OpenSession:
     @property
     def attached(self) -> bool:
         """Whether a connection has it."""
-        return self.disconnect is not None
+        return self.opening or self.disconnect is not None
 
     def touch(self) -> None:
         """Renews the lease."""
@@ -198,10 +200,6 @@ class SessionRegistry:
 
     def _make_room(self, owner: TenantQuota) -> None:
         """Counts one more session; those that wait for a client make room for one that is here."""
-        self._opening = {f for f in self._opening if not f.done()}
-        count = len(self._sessions) + len(self._opening)
-        if count >= self.limits.max_sessions and not self._close_oldest(None):
-            raise ResourceExhaustedError(f"{count} sessions are open, as many as are allowed", 30.0)
         try:
             owner.add_session()
         except ResourceExhaustedError:
@@ -213,6 +211,13 @@ class SessionRegistry:
                 "being closed",
                 retry_after_s=0.5,
             ) from None
+        self._opening = {f for f in self._opening if not f.done()}
+        count = len(self._sessions) + len(self._opening)
+        full = count >= self.limits.max_sessions
+        # A tenant's own first: nobody pushes out others' as long as it has some itself.
+        if full and not (self._close_oldest(owner) or self._close_oldest(None)):
+            owner.remove_session()
+            raise ResourceExhaustedError(f"{count} sessions are open, as many as are allowed", 30.0)
 
     def _close_oldest(self, owner: TenantQuota | None) -> bool:
         waiting = [s for s in self.sessions() if not s.attached]

@@ -178,6 +178,7 @@ class Scheduler:
                 self._changed.notify_all()
             if ran and self._on_done is not None:
                 self._on_done(tenant, task.taken_at - task.queued_at, computed_s)
+            del taken, task  # and its tensors, while nothing else is to be done
 
     def _take(self) -> tuple[str, str, _Task, int] | None:
         """Waits for a task whose session is not being served; None when stopping."""

@@ -89,6 +89,7 @@ class TrunkServicer:
         finally:
             serving.cancel()
             self._streams.pop(stream, None)
+            self._endings.pop(stream, None)
 
     def end_expired(self) -> None:
         """Ends the streams whose sessions were silent for too long."""
@@ -115,7 +116,7 @@ class TrunkServicer:
         self._end(stream, grpc.StatusCode.FAILED_PRECONDITION, why)
 
     def _end(self, stream: SessionStream, code: grpc.StatusCode, why: str) -> None:
-        if stream not in self._streams:
+        if stream not in self._streams or stream in self._endings:
             return
         stream.keeps_session = False
         self._endings[stream] = code, why

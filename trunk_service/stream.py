@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from concurrent.futures import Future
 
 import torch
 
@@ -90,8 +91,6 @@ class SessionStream:
                     pause, self._pause_s = self._pause_s, 0.0
                     await asyncio.sleep(pause)
                 incoming = self._inbox.feed(raw)
-                if self._session is not None:
-                    self._session.touch()
                 if incoming is not None:
                     await self._begin(incoming)
             await asyncio.gather(*self._tasks)
@@ -101,8 +100,11 @@ class SessionStream:
         finally:
             for task in self._tasks:
                 task.cancel()
+            # Before anything is waited for: gRPC may cancel this very task meanwhile.
+            closing = self._leave()
             await self._finish_write()
-            await self._leave()
+            if closing is not None:
+                await asyncio.shield(asyncio.wrap_future(closing))
 
     @property
     def lease_is_over(self) -> bool:
@@ -157,15 +159,16 @@ class SessionStream:
         assert kind is not None
         if (self._session is None) != (kind == "open"):
             raise ProtocolError(f"{kind} came {'before' if kind != 'open' else 'after an'} open")
+        if kind == "close":
+            self.keeps_session = False
+            return pb.SessionResponse(id=message.id, close=pb.CloseResult())
         self._peer.check()
         if kind == "open":
             # Nothing of the session can start before it is open, so this is not run beside.
             return await self._open(message)
         session = self._session
         assert session is not None
-        if kind == "close":
-            self.keeps_session = False
-            return pb.SessionResponse(id=message.id, close=pb.CloseResult())
+        session.touch()
         session.answers.acknowledge(message.acknowledged)
         known = session.answers.find(message.id, kind)
         if known is not None:
@@ -205,7 +208,7 @@ class SessionStream:
         else:
             session = await self._new_session(translate.open_request(body))
         self._session = session
-        session.disconnect = lambda: self._disconnect(self)
+        session.disconnect, session.opening = lambda: self._disconnect(self), False
         result = pb.OpenResult(
             session_id=session.session_id,
             trainable_parameters=session.state.trainable_parameters,
@@ -227,17 +230,18 @@ class SessionStream:
         logger.info("session opened", extra=extra)
         return session
 
-    async def _leave(self) -> None:
+    def _leave(self) -> Future[None] | None:
+        """Lets go of the session; returns its closing, unless it waits for its client."""
         session, self._session = self._session, None
         if session is None:
-            return
+            return None
         session.disconnect = None
         session.touch()
         if self.keeps_session and not self._registry.draining:
             logger.info("session waits for its client", extra={"session": session.session_id})
-            return
-        await asyncio.shield(asyncio.wrap_future(self._registry.close(session)))
+            return None
         logger.info("session closed", extra={"session": session.session_id})
+        return self._registry.close(session)
 
     async def _write(
         self, response: pb.SessionResponse, tensors: Mapping[str, torch.Tensor]

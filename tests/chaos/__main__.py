@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import shutil
+import signal
 import sys
 import tempfile
 import time
@@ -32,6 +33,8 @@ def main() -> None:
     parser.add_argument("--cycles", type=int, help="die: how many; 2000, short 300")
     parser.add_argument("--keep", type=Path, help="folder in which all files stay")
     given = parser.parse_args()
+    # Ends as an exception, so that the processes of the experiment are ended too.
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     options = Options(given.short, given.seed, given.kills, given.steps, given.cycles)
     names = EXPERIMENTS if given.name == "all" else (given.name,)
     held = [_run(name, options, given.keep) for name in names]

@@ -109,12 +109,13 @@ def _reach(training: Training, step: int) -> None:
 def _halt_and_wait(report: Report, halts: list[Halt]) -> None:
     """Halts each run at its step, all of them at a time, and waits until each has gone on."""
     waiting = list(halts)
-    children = [halt.training.child for halt in halts if halt.training.child is not None]
 
     def any_moved() -> bool:
         return any(halt.training.past(halt.until)() for halt in waiting)
 
     while waiting:
+        # The others may be done already.
+        children = [halt.training.child for halt in waiting if halt.training.child is not None]
         wait_until(any_moved, children, START_TIMEOUT_S, "runs that were halted and go on")
         for halt in [h for h in waiting if h.training.past(h.until)()]:
             if halt.halted_at is None:
