@@ -253,6 +253,8 @@ class SessionStream:
         for frame in to_frames(message, tensors):
             async with self._write_lock:
                 self._writing = asyncio.ensure_future(self._send(frame))
+                # Looked at also when whoever waits for it is cancelled: the client is gone then.
+                self._writing.add_done_callback(lambda sent: sent.cancelled() or sent.exception())
                 await asyncio.shield(self._writing)
             self._execution.count_out(self._peer.tenant, len(frame))
 
@@ -264,5 +266,3 @@ class SessionStream:
         """
         if self._writing is not None:
             await asyncio.wait({self._writing}, timeout=_LAST_WRITE_S)
-            if self._writing.done() and not self._writing.cancelled():
-                self._writing.exception()  # a client that is gone: nothing is left to tell it
