@@ -5,6 +5,8 @@ Dimension letters: B batch, T tokens, S tokens with those in the cache, D model 
 
 from __future__ import annotations
 
+import time
+
 import torch
 
 from client_service.calls import (
@@ -14,12 +16,17 @@ from client_service.calls import (
     ForwardReply,
     SessionTerms,
 )
-from client_service.connection import Traffic
+from client_service.connection import CONNECT_TIMEOUT_S, Traffic, get_info, open_channel
 from client_service.credentials import Credentials
 from client_service.journal import Entry
 from client_service.link import SessionLink
 from client_service.optimizer_spec import OptimizerSettings
-from shared.errors import InvalidInputError, ModelMismatchError, ResourceExhaustedError
+from shared.errors import (
+    InvalidInputError,
+    ModelMismatchError,
+    ResourceExhaustedError,
+    TrunkUnavailableError,
+)
 from shared.failpoints import reach
 from shared.pb.trunkline.v1 import trunk_pb2 as pb
 from shared.wire.dtypes import to_wire
@@ -28,6 +35,7 @@ Tensors = dict[str, torch.Tensor]
 
 REQUEST_TIMEOUT_S = 600.0
 RECONNECT_TIMEOUT_S = 60.0
+_LOOK_AGAIN_S = 0.5
 JOURNAL_BYTES, JOURNAL_STEPS = 64 * 1024**2, 8
 """Requests are kept up to this much before a snapshot takes their place: what a trunk that is lost
 costs is the time to do so many steps again."""
@@ -333,6 +341,30 @@ def split_addresses(trunk: str) -> list[str]:
     if not addresses:
         raise InvalidInputError(f"{trunk!r} names no trunk: HOST:PORT[,HOST:PORT…] is accepted")
     return addresses
+
+
+def wait_for_trunk(trunk: str, timeout_s: float) -> None:
+    """Returns once one of the trunks answers.
+
+    Args:
+        trunk: ``HOST:PORT``, or several with commas.
+        timeout_s: How long to wait.
+
+    Raises:
+        TrunkUnavailableError: If none answers in that time; names the last one's cause.
+    """
+    deadline = time.monotonic() + timeout_s
+    while True:
+        for address in split_addresses(trunk):
+            try:
+                with open_channel(address) as channel:
+                    get_info(channel, address, CONNECT_TIMEOUT_S)
+                return
+            except TrunkUnavailableError as error:
+                missing = error
+        if time.monotonic() > deadline:
+            raise missing
+        time.sleep(_LOOK_AGAIN_S)
 
 
 def _without(prefix: str, tensors: Tensors) -> Tensors:

@@ -97,6 +97,10 @@ class KeptAnswers:
             if self._kept[message_id].task.done():
                 self._forget(message_id)
 
+    def forget_all(self) -> None:
+        """Forgets every answer: nobody can come back for them."""
+        self._kept.clear()
+
     def _bound(self) -> None:
         """Forgets the oldest answers of a client that acknowledges too few."""
         done = [i for i, kept in self._kept.items() if kept.task.done()]

@@ -142,6 +142,7 @@ class SessionRegistry:
         """Frees a session after the requests it still has in the queue."""
         # Nobody can resume it from here on; what it holds is freed on its turn.
         known = self._sessions.pop(session.session_id, None) is not None
+        session.answers.forget_all()
 
         def free() -> None:
             session.state.close()

@@ -47,6 +47,7 @@ from client_service.cli.run_file import (
     write_run,
 )
 from client_service.data import batches, read_texts, token_blocks
+from client_service.session import wait_for_trunk
 from client_service.split_model import SplitModelForCausalLM
 from client_service.training import StepMetrics, TrainingPlan, train
 from shared.bundled import private_train_file
@@ -140,6 +141,8 @@ def _train(out: Path, settings: RunSettings, resume: bool) -> None:
     blocks = token_blocks(texts, tokenizer, settings.seq_len)
     if resume:
         check_same_data(out, blocks)
+        # Whatever ended the run may have ended its trunk too.
+        wait_for_trunk(settings.trunk, settings.reconnect_timeout)
     split = _open(model, settings)
     checkpoints = Checkpoints(out / "checkpoints", settings.checkpoint_every, settings.keep_last)
     if settings.checkpoint_every:
