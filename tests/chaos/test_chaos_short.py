@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 
@@ -14,16 +15,25 @@ from tests.chaos.processes import ROOT
 pytestmark = pytest.mark.slow
 
 
-@pytest.mark.parametrize("name", [*EXPERIMENTS, "schedules"])
-def test_the_bounds_hold(name: str) -> None:
-    command = ["tests.chaos", name, "--short"] if name in EXPERIMENTS else [f"tests.chaos.{name}"]
-    command = [sys.executable, "-m", "tests.chaos", name, "--short"]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    with subprocess.Popen(command, cwd=ROOT, text=True, **pipes) as experiment:
+def run(*command: str) -> Any:
+    """What an experiment printed; it has exited 0."""
+    pipes: Any = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    arguments = [sys.executable, "-m", *command]
+    with subprocess.Popen(arguments, cwd=ROOT, text=True, **pipes) as experiment:
         try:
             said, complained = experiment.communicate(timeout=170)
         except subprocess.TimeoutExpired:
             experiment.terminate()  # it ends its own processes, which a kill would leave behind
             said, complained = experiment.communicate()
     assert experiment.returncode == 0, said + complained
-    assert json.loads(said)["ok"]
+    return json.loads(said)
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_the_bounds_hold(name: str) -> None:
+    assert run("tests.chaos", name, "--short")["ok"]
+
+
+def test_no_schedule_loses_or_doubles_a_step() -> None:
+    found = run("tests.chaos.schedules", "1000")
+    assert found["schedules"] >= 1000 and found["steps"] and found["lost_sessions"]
