@@ -343,12 +343,12 @@ def split_addresses(trunk: str) -> list[str]:
     return addresses
 
 
-def wait_for_trunk(trunk: str, timeout_s: float) -> None:
-    """Returns once one of the trunks answers.
+def wait_for_trunk(trunk: str, timeout_s: float = 0.0) -> pb.GetInfoResponse:
+    """Returns what the first of the trunks to answer serves.
 
     Args:
         trunk: ``HOST:PORT``, or several with commas.
-        timeout_s: How long to wait.
+        timeout_s: How long to ask again; each is asked once at least.
 
     Raises:
         TrunkUnavailableError: If none answers in that time; names the last one's cause.
@@ -358,8 +358,7 @@ def wait_for_trunk(trunk: str, timeout_s: float) -> None:
         for address in split_addresses(trunk):
             try:
                 with open_channel(address) as channel:
-                    get_info(channel, address, CONNECT_TIMEOUT_S)
-                return
+                    return get_info(channel, address, CONNECT_TIMEOUT_S)
             except TrunkUnavailableError as error:
                 missing = error
         if time.monotonic() > deadline:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
@@ -11,10 +10,9 @@ import torch
 from peft import PeftConfig
 
 from client_service.calls import SessionTerms
-from client_service.connection import CONNECT_TIMEOUT_S, get_info, open_channel
 from client_service.hole import with_hole
 from client_service.remote_trunk import RemoteTrunk
-from client_service.session import RECONNECT_TIMEOUT_S, TrunkSession, split_addresses
+from client_service.session import RECONNECT_TIMEOUT_S, TrunkSession, wait_for_trunk
 from client_service.split_ends import TRUNK_ADAPTER, check_ends, train_ends
 from client_service.split_peft import LoadedAdapter, SplitPeftModelForCausalLM, read_loaded
 from shared.adapters.config import config_to_json
@@ -22,7 +20,7 @@ from shared.adapters.joining import SplitShape
 from shared.adapters.plan import AdapterPlan, plan_adapter
 from shared.adapters.weights import Weights, read_adapter
 from shared.adapters.wrap import wrap
-from shared.errors import AdapterError, TrunkUnavailableError
+from shared.errors import AdapterError
 from shared.models import Checkpoint, SplitRange, open_checkpoint
 from shared.models.digest import client_digest
 
@@ -151,16 +149,7 @@ def _plan_loaded(
 
 
 def _served_split(trunk: str) -> SplitRange:
-    *others, last = split_addresses(trunk)
-    for address in others:
-        with contextlib.suppress(TrunkUnavailableError):
-            return _split_at(address)
-    return _split_at(last)
-
-
-def _split_at(address: str) -> SplitRange:
-    with open_channel(address) as channel:
-        info = get_info(channel, address, CONNECT_TIMEOUT_S)
+    info = wait_for_trunk(trunk)
     return SplitRange(info.start_layer, info.end_layer)
 
 

@@ -109,11 +109,3 @@ class Execution:
             "request": getattr(body, "request_id", "")[:_MAX_ID_CHARS] or None,
         }
         logger.info("refused: %s: %s", type(error).__name__, short(error), extra=extra)
-
-    def count_in(self, tenant: str, count: int) -> None:
-        """Counts bytes of a frame that came."""
-        self.metrics.bytes_in(tenant, count)
-
-    def count_out(self, tenant: str, count: int) -> None:
-        """Counts bytes of a frame that was sent."""
-        self.metrics.bytes_out(tenant, count)

@@ -86,7 +86,7 @@ class SessionStream:
         """
         try:
             async for raw in frames:
-                self._execution.count_in(self._peer.tenant, len(raw))
+                self._execution.metrics.bytes_in(self._peer.tenant, len(raw))
                 if self._pause_s:
                     pause, self._pause_s = self._pause_s, 0.0
                     await asyncio.sleep(pause)
@@ -256,7 +256,7 @@ class SessionStream:
                 # Looked at also when whoever waits for it is cancelled: the client is gone then.
                 self._writing.add_done_callback(lambda sent: sent.cancelled() or sent.exception())
                 await asyncio.shield(self._writing)
-            self._execution.count_out(self._peer.tenant, len(frame))
+            self._execution.metrics.bytes_out(self._peer.tenant, len(frame))
 
     async def _finish_write(self) -> None:
         """Waits for the frame that is being written.

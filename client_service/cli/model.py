@@ -32,8 +32,8 @@ from client_service.cli.options import (
     read_peft_config,
     show,
 )
-from client_service.connection import CONNECT_TIMEOUT_S, get_info, open_channel
 from client_service.data import batches, read_texts, token_blocks
+from client_service.session import wait_for_trunk
 from client_service.split_model import SplitModelForCausalLM
 from client_service.training import mean_loss
 from client_service.verify import VerifyPlan, verify
@@ -58,9 +58,7 @@ def split_command(
 @app.command("info")
 def info_command(trunk: TrunkOption = DEFAULT_TRUNK) -> None:
     """Show what a trunk serves and accepts."""
-    with open_channel(trunk) as channel:
-        info = get_info(channel, trunk, CONNECT_TIMEOUT_S)
-    show(MessageToDict(info, preserving_proto_field_name=True))
+    show(MessageToDict(wait_for_trunk(trunk), preserving_proto_field_name=True))
 
 
 @app.command("eval")
