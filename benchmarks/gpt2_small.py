@@ -1,0 +1,29 @@
+"""The model that is measured: GPT-2 small's shape, and its adapter."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from peft import LoraConfig
+from transformers import GPT2Config, GPT2LMHeadModel
+
+SPLIT = "2:10"
+LAYERS_ON_TRUNK = 8
+WIDTH = 768
+VOCABULARY = 50257
+
+
+def gpt2_small(folder: Path) -> Path:
+    """Writes GPT-2 small's shape (124M parameters) with seeded random weights, no dropout."""
+    torch.manual_seed(0)
+    config = GPT2Config(resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)
+    GPT2LMHeadModel(config).save_pretrained(folder)
+    return folder
+
+
+def lora() -> LoraConfig:
+    """LoRA of rank 8 on all linear layers of the blocks."""
+    return LoraConfig(
+        task_type="CAUSAL_LM", r=8, lora_alpha=16, target_modules=["c_attn", "c_fc", "c_proj"]
+    )
