@@ -135,7 +135,10 @@ class SessionLink:
             TrunklineError: What the trunk answered, if it refused.
             TrunkUnavailableError: If no trunk was found in time or no answer came.
         """
-        future = self.send(message, tensors)
+        return self.wait(self.send(message, tensors))
+
+    def wait(self, future: Future[Answer]) -> Answer:
+        """Waits for the answer of a request that was sent; raises what :meth:`ask` raises."""
         while True:
             recoveries = self.recoveries
             try:

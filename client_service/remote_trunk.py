@@ -24,6 +24,7 @@ from torch.autograd.function import once_differentiable
 from client_service.calls import CacheEdit, ForwardCall
 from client_service.optimizer_spec import OptimizerSettings
 from client_service.session import Tensors, TrunkSession
+from client_service.turns import Cut, Turn, current_turn
 from shared.errors import TrunkUnavailableError
 
 
@@ -110,7 +111,11 @@ class RemoteTrunk:
         progress.micro += 1
         # get_peft_model() freezes every parameter it did not make, this one included.
         self.proxy.requires_grad_(self.trainable)
-        output, penalty = _RemoteForward.apply(hidden_BTD, self.proxy, self, call)
+        turn = current_turn()
+        if turn is None:
+            output, penalty = _RemoteForward.apply(hidden_BTD, self.proxy, self, call)
+        else:
+            output, penalty = self._run_cut(turn, hidden_BTD, call)
         if self.penalty is not None:
             self.penalty = replace(self.penalty, total=penalty)
         return output  # type: ignore[no-any-return]
@@ -138,13 +143,20 @@ class RemoteTrunk:
         """Carries a gradient back and shows the trunk's gradient norm in the proxy's gradient."""
         progress = self._adapters[call.adapter]
         trains = progress.trainable and not call.without_adapter
-        found, norm = self.session.backward(
-            gradient_BTD,
-            call.request_id,
-            need_input_gradient,
-            reset_gradients=trains and progress.accumulated and self._zeroed_by_client(progress),
-            penalty_gradient=penalty_gradient,
-        )
+        reset = trains and progress.accumulated and self._zeroed_by_client(progress)
+        if reset:
+            progress.accumulated = False  # or another micro-batch in flight would reset them too
+        try:
+            found, norm = self.session.backward(
+                gradient_BTD,
+                call.request_id,
+                need_input_gradient,
+                reset_gradients=reset,
+                penalty_gradient=penalty_gradient,
+            )
+        except BaseException:
+            progress.accumulated = trains  # perhaps: so the next one asks to drop it
+            raise
         if trains:
             progress.norm, progress.accumulated = norm, True
             self.proxy.grad = torch.full_like(self.proxy, norm)
@@ -240,6 +252,16 @@ class RemoteTrunk:
             adapter="" if bare else self._active,
             without_adapter=bare,
         )
+
+    def _run_cut(
+        self, turn: Turn, hidden_BTD: torch.Tensor, call: ForwardCall
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Runs a forward whose backward the pipeline asks for, where it has collected gradients."""
+        output_BTD = self._ask(hidden_BTD, call).requires_grad_(True)
+        penalty = torch.zeros(()) if self.penalty is None else self.penalty.total
+        held = _HeldForward(self, call.request_id)
+        turn.cuts.append(Cut(hidden_BTD, output_BTD, penalty.requires_grad_(True), call, held))
+        return output_BTD, penalty
 
     def _ask(self, hidden_BTD: torch.Tensor, call: ForwardCall) -> torch.Tensor:
         reply = self.session.forward(hidden_BTD.detach(), call)

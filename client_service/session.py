@@ -5,10 +5,9 @@ Dimension letters: B batch, T tokens, S tokens with those in the cache, D model 
 
 from __future__ import annotations
 
-import time
-
 import torch
 
+from client_service.addresses import split_addresses
 from client_service.calls import (
     AdapterEntry,
     CacheEdit,
@@ -16,16 +15,15 @@ from client_service.calls import (
     ForwardReply,
     SessionTerms,
 )
-from client_service.connection import CONNECT_TIMEOUT_S, Traffic, get_info, open_channel
+from client_service.connection import Answer, Traffic
 from client_service.credentials import Credentials
 from client_service.journal import Entry
 from client_service.link import SessionLink
 from client_service.optimizer_spec import OptimizerSettings
+from client_service.turns import others_compute
 from shared.errors import (
-    InvalidInputError,
     ModelMismatchError,
     ResourceExhaustedError,
-    TrunkUnavailableError,
 )
 from shared.failpoints import reach
 from shared.pb.trunkline.v1 import trunk_pb2 as pb
@@ -35,7 +33,6 @@ Tensors = dict[str, torch.Tensor]
 
 REQUEST_TIMEOUT_S = 600.0
 RECONNECT_TIMEOUT_S = 60.0
-_LOOK_AGAIN_S = 0.5
 JOURNAL_BYTES, JOURNAL_STEPS = 64 * 1024**2, 8
 """Requests are kept up to this much before a snapshot takes their place: what a trunk that is lost
 costs is the time to do so many steps again."""
@@ -126,7 +123,7 @@ class TrunkSession:
             adapter=call.adapter,
             without_adapter=call.without_adapter,
         )
-        answer = self._link.ask(pb.SessionRequest(forward=body), tensors)
+        answer = self._ask_in_turn(pb.SessionRequest(forward=body), tensors)
         reach("client.forward.after")
         output_BTD = answer.tensors["hidden_states"].to(hidden_BTD.device, hidden_BTD.dtype)
         result = answer.message.forward
@@ -157,7 +154,7 @@ class TrunkSession:
             penalty_gradient=penalty_gradient,
         )
         tensors = {"gradient": gradient_BTD.to(self.terms.wire_dtype)}
-        answer = self._link.ask(pb.SessionRequest(backward=body), tensors)
+        answer = self._ask_in_turn(pb.SessionRequest(backward=body), tensors)
         reach("client.backward.after")
         found = answer.tensors.get("gradient")
         if found is not None:
@@ -274,6 +271,12 @@ class TrunkSession:
         """Ends the session; the trunk frees what it held."""
         self._link.close()
 
+    def _ask_in_turn(self, message: pb.SessionRequest, tensors: Tensors) -> Answer:
+        """Asks; other micro-batches compute while this one waits."""
+        sent = self._link.send(message, tensors)
+        with others_compute():
+            return self._link.wait(sent)
+
     def _snapshot(self, name: str, part: pb.SnapshotPart.ValueType, prefix: str) -> Tensors:
         message = pb.SessionRequest(snapshot=pb.Snapshot(adapter=name, parts=[part]))
         return _without(prefix, self._link.ask(message).tensors)
@@ -329,41 +332,6 @@ class TrunkSession:
             dropout=terms.dropout,
             wire_dtype=to_wire(terms.wire_dtype),
         )
-
-
-def split_addresses(trunk: str) -> list[str]:
-    """The trunks named in ``a:1,b:2``.
-
-    Raises:
-        InvalidInputError: If none is.
-    """
-    addresses = [part.strip() for part in trunk.split(",") if part.strip()]
-    if not addresses:
-        raise InvalidInputError(f"{trunk!r} names no trunk: HOST:PORT[,HOST:PORT…] is accepted")
-    return addresses
-
-
-def wait_for_trunk(trunk: str, timeout_s: float = 0.0) -> pb.GetInfoResponse:
-    """Returns what the first of the trunks to answer serves.
-
-    Args:
-        trunk: ``HOST:PORT``, or several with commas.
-        timeout_s: How long to ask again; each is asked once at least.
-
-    Raises:
-        TrunkUnavailableError: If none answers in that time; names the last one's cause.
-    """
-    deadline = time.monotonic() + timeout_s
-    while True:
-        for address in split_addresses(trunk):
-            try:
-                with open_channel(address) as channel:
-                    return get_info(channel, address, CONNECT_TIMEOUT_S)
-            except TrunkUnavailableError as error:
-                missing = error
-        if time.monotonic() > deadline:
-            raise missing
-        time.sleep(_LOOK_AGAIN_S)
 
 
 def _without(prefix: str, tensors: Tensors) -> Tensors:

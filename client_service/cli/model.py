@@ -12,6 +12,7 @@ import torch
 import typer
 from google.protobuf.json_format import MessageToDict
 
+from client_service.addresses import wait_for_trunk
 from client_service.cli import app
 from client_service.cli.options import (
     DEFAULT_TRUNK,
@@ -33,7 +34,6 @@ from client_service.cli.options import (
     show,
 )
 from client_service.data import batches, read_texts, token_blocks
-from client_service.session import wait_for_trunk
 from client_service.split_model import SplitModelForCausalLM
 from client_service.training import mean_loss
 from client_service.verify import VerifyPlan, verify

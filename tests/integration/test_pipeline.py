@@ -1,0 +1,189 @@
+"""Micro-batches in flight: the numbers are those of one after the other, and of one large batch."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import AdaLoraConfig, LoraConfig
+from transformers import AutoModelForCausalLM
+
+from client_service import SplitModelForCausalLM
+from client_service.pipeline import accumulate, cut_batch, model_loss
+from client_service.turns import Turns
+from shared.adapters.wrap import wrap
+from shared.errors import InvalidInputError, ReusedRequestError
+from tests.conftest import Daemon
+from tests.models import VOCAB, save_tiny_model
+
+Start = Callable[..., Daemon]
+
+
+def lora(**changes: Any) -> LoraConfig:
+    targets = ["c_attn", "c_fc", "c_proj"]
+    return LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=targets, **changes)
+
+
+def batch(seed: int) -> dict[str, torch.Tensor]:
+    """Six rows, of which one is padded and one has hardly a label."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(3, VOCAB, (6, 20), generator=generator)
+    mask = torch.ones_like(ids)
+    mask[1, :8] = 0
+    labels = ids.masked_fill(mask == 0, -100)
+    labels[4, :17] = -100
+    return {"input_ids": ids, "attention_mask": mask, "labels": labels}
+
+
+def trained(
+    folder: Path, daemon: Daemon, in_flight: int, dropout: float = 0.0, **settings: Any
+) -> tuple[list[float], dict[str, torch.Tensor]]:
+    """Three steps of three micro-batches each; losses and the adapter's weights of all parts."""
+    config = settings.pop("peft_config", None) or lora(lora_dropout=dropout)
+    split: Any = SplitModelForCausalLM.from_pretrained(
+        folder, daemon.address, peft_config=config, dropout=dropout, **settings
+    )
+    split.train()
+    optimizer = torch.optim.AdamW([p for p in split.parameters() if p.requires_grad], lr=1e-2)
+    torch.manual_seed(7)
+    losses = []
+    for step in range(3):
+        losses.append(accumulate(split, cut_batch(batch(step), 3), in_flight))
+        torch.nn.utils.clip_grad_norm_(split.parameters(), 0.3)
+        optimizer.step()
+        optimizer.zero_grad()
+    weights = {n: p.detach().clone() for n, p in split.named_parameters() if p.requires_grad}
+    weights |= split.remote_trunk.session.adapter()
+    split.remote_trunk.close()
+    return losses, weights
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.2])
+def test_overlap_changes_no_bit(dropout: float, trunkd: Start, tmp_path: Path) -> None:
+    folder = save_tiny_model("gpt2", tmp_path / "model")
+    daemon = trunkd("--model", str(folder), "--split", "1:3")
+    alone = trained(folder, daemon, 1, dropout)
+    for in_flight in (2, 3):
+        losses, weights = trained(folder, daemon, in_flight, dropout)
+        assert losses == alone[0]
+        assert weights.keys() == alone[1].keys()
+        assert all(torch.equal(weights[n], t) for n, t in alone[1].items())
+
+
+@pytest.mark.parametrize("method", ["lora", "adalora"])
+def test_micro_batches_are_the_whole_batch(method: str, trunkd: Start, tmp_path: Path) -> None:
+    folder = save_tiny_model("gpt2", tmp_path / "model")
+    daemon = trunkd("--model", str(folder), "--split", "1:3")
+    config: Any = lora()
+    if method == "adalora":
+        config = AdaLoraConfig(
+            task_type="CAUSAL_LM", init_r=4, target_r=2, total_step=10, target_modules=["c_attn"]
+        )
+    split: Any = SplitModelForCausalLM.from_pretrained(folder, daemon.address, peft_config=config)
+    whole: Any = wrap(AutoModelForCausalLM.from_pretrained(folder), config, 0, "whole")
+    named = {n.replace(".default", ""): p for n, p in whole.named_parameters() if p.requires_grad}
+    session = split.remote_trunk.session
+    own = {n.replace(".default", ""): p for n, p in split.named_parameters() if p.requires_grad}
+    del own["base_model.model.transformer.h.remote.proxy"]
+    sent = session.adapter()
+    assert named.keys() == own.keys() | sent.keys()
+    with torch.no_grad():
+        for name, tensor in (own | sent).items():
+            named[name].copy_(tensor)
+    loss = accumulate(split.train(), cut_batch(batch(0), 3), 3)
+    expected = model_loss(whole.train(), batch(0))
+    expected.backward()
+    assert loss == pytest.approx(float(expected.detach()), abs=1e-5)
+    gradients = {n: p.grad for n, p in own.items()} | session.gradients()
+    assert gradients.keys() == named.keys()
+    for name, tensor in gradients.items():
+        torch.testing.assert_close(tensor, named[name].grad, atol=1e-5, rtol=1e-4)
+    split.remote_trunk.close()
+
+
+def test_zeroed_gradients_are_dropped_once(trunkd: Start, tmp_path: Path) -> None:
+    """All micro-batches but the first would see the proxy without a gradient, too."""
+    folder = save_tiny_model("gpt2", tmp_path / "model")
+    daemon = trunkd("--model", str(folder), "--split", "1:3")
+    split: Any = SplitModelForCausalLM.from_pretrained(folder, daemon.address, peft_config=lora())
+    split.train()
+    session = split.remote_trunk.session
+    accumulate(split, cut_batch(batch(0), 3), 3)
+    before = session.gradients()
+    split.zero_grad()
+    accumulate(split, cut_batch(batch(0), 3), 3)
+    again = session.gradients()
+    assert all(torch.equal(again[n], t) for n, t in before.items())
+    split.remote_trunk.close()
+
+
+def test_a_failure_ends_all_and_leaves_the_session_usable(trunkd: Start, tmp_path: Path) -> None:
+    folder = save_tiny_model("gpt2", tmp_path / "model")
+    daemon = trunkd("--model", str(folder), "--split", "1:3")
+    split: Any = SplitModelForCausalLM.from_pretrained(folder, daemon.address, peft_config=lora())
+    split.train()
+    calls: list[str] = []
+
+    def failing(model: Any, piece: Any) -> torch.Tensor:
+        loss = model_loss(model, piece)
+        calls.append(threading.current_thread().name)
+        if len(calls) == 2:
+            raise ReusedRequestError("on purpose")
+        return loss
+
+    with pytest.raises(ReusedRequestError, match="on purpose"):
+        accumulate(split, cut_batch(batch(0), 6), 3, failing)
+    assert len(set(calls)) == 2, "the micro-batches did not run in threads of their own"
+    assert threading.active_count() < 10
+    split.zero_grad()
+    accumulate(split, cut_batch(batch(0), 3), 3)
+    again = split.remote_trunk.session.gradients()
+    split.zero_grad()
+    accumulate(split, cut_batch(batch(0), 3), 1)
+    alone = split.remote_trunk.session.gradients()
+    assert all(torch.equal(again[n], t) for n, t in alone.items())
+    split.remote_trunk.close()
+
+
+def test_what_cannot_be_trained_is_refused(bundled_trunk: Daemon) -> None:
+    ids = torch.zeros(2, 4, dtype=torch.int64)
+    with pytest.raises(InvalidInputError, match="no labelled token"):
+        accumulate(None, [{"input_ids": ids, "labels": torch.full_like(ids, -100)}])
+    with pytest.raises(InvalidInputError, match="needs labels"):
+        accumulate(None, [{"input_ids": ids}])
+    with pytest.raises(InvalidInputError, match="in_flight 0"):
+        accumulate(None, [{"input_ids": ids, "labels": ids}], 0)
+
+
+def test_every_stage_is_passed_in_order() -> None:
+    """Micro-batch 1 is ready first, and still waits until 0 has passed the stage."""
+    turns = Turns(2, in_flight=2, seed=0)
+    turns.take(0)
+    turns.give(0)
+    turns.take(1)
+    turns.give(1)
+    order: list[int] = []
+
+    def second() -> None:
+        turns.take(1)
+        order.append(1)
+        turns.give(1, finished=True)
+
+    thread = threading.Thread(target=second)
+    thread.start()
+    turns.take(0)
+    order.append(0)
+    turns.give(0, finished=True)
+    thread.join(10)
+    assert order == [0, 1]
+
+
+def test_cutting_keeps_every_row() -> None:
+    pieces = cut_batch({"input_ids": torch.arange(5)[:, None]}, 3)
+    assert [len(p["input_ids"]) for p in pieces] == [2, 2, 1]
+    assert torch.equal(torch.cat([p["input_ids"] for p in pieces]), torch.arange(5)[:, None])
+    assert len(cut_batch({"input_ids": torch.arange(2)[:, None]}, 3)) == 2
