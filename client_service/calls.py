@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 
 import torch
 
+from shared.wire.formats import WireFormat
+
 
 @dataclass(frozen=True)
 class SessionTerms:
@@ -22,7 +24,9 @@ class SessionTerms:
     """Empty for a frozen trunk."""
     seed: int = 0
     dropout: float | None = None
-    wire_dtype: torch.dtype = torch.float32
+    activation_format: WireFormat = WireFormat.FLOAT32
+    """How hidden states travel, both ways."""
+    gradient_format: WireFormat = WireFormat.FLOAT32
 
 
 @dataclass(frozen=True)

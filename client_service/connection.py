@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import grpc
-import torch
 
 from client_service.credentials import Credentials, tls_hint
 from shared.errors import (
@@ -27,6 +26,7 @@ from shared.errors import (
 from shared.loopback import is_loopback
 from shared.pb.trunkline.v1 import trunk_pb2 as pb
 from shared.wire.error_codes import to_exception
+from shared.wire.formats import Packed
 from shared.wire.messages import Inbox, Incoming, to_frames
 from shared.wire.tensors import MAX_FRAME_BYTES
 
@@ -136,9 +136,7 @@ class SessionConnection:
         self._reader = threading.Thread(target=self._read, name="trunk-answers", daemon=True)
         self._reader.start()
 
-    def send(
-        self, request: pb.SessionRequest, tensors: Mapping[str, torch.Tensor]
-    ) -> Future[Answer]:
+    def send(self, request: pb.SessionRequest, tensors: Mapping[str, Packed]) -> Future[Answer]:
         """Sends a request; its answer arrives in the future, or the error that it was.
 
         Raises:
@@ -160,7 +158,7 @@ class SessionConnection:
         return future
 
     def ask(
-        self, request: pb.SessionRequest, tensors: Mapping[str, torch.Tensor], timeout_s: float
+        self, request: pb.SessionRequest, tensors: Mapping[str, Packed], timeout_s: float
     ) -> Answer:
         """Sends a request and waits for its answer.
 

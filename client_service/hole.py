@@ -28,6 +28,7 @@ def with_hole(
     dtype: torch.dtype,
     dropout: float | None,
     quantize: str = "",
+    fused_loss: bool = False,
 ) -> Any:
     """Loads the two ends of a model around a session.
 
@@ -38,6 +39,7 @@ def with_hole(
         dtype: What the ends are computed in.
         dropout: Replaces the probability of the model's own dropout layers.
         quantize: Kind of :mod:`shared.models.quantization`; empty for none.
+        fused_loss: See :mod:`client_service.fused_loss`.
 
     Returns:
         The family's ``…ForCausalLM``; ``remote_trunk``, ``whole_config`` and ``split`` are its
@@ -50,7 +52,7 @@ def with_hole(
     config = _hole_config(checkpoint.config, split)
     config._name_or_path = checkpoint.source
     with no_init_weights():
-        model = split_class(family.full_class)(config)
+        model = split_class(family.full_class, fused_loss)(config)
     base = getattr(model, family.base)
     block = RemoteBlock(remote, slot=split.start)
     below, above = _own_layers(list(getattr(base, family.layers)), checkpoint, split)

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 
 from shared.pb.trunkline.v1 import trunk_pb2 as pb
+from shared.wire.formats import Packed
 
 
 @dataclass(frozen=True)
@@ -22,7 +23,7 @@ class Entry:
     """A request and its tensors."""
 
     message: pb.SessionRequest
-    tensors: Mapping[str, torch.Tensor]
+    tensors: Mapping[str, Packed]
 
     @property
     def nbytes(self) -> int:
@@ -68,7 +69,7 @@ class Journal:
         """What to send again, in order."""
         return list(self._entries.values())
 
-    def record(self, message: pb.SessionRequest, tensors: Mapping[str, torch.Tensor]) -> None:
+    def record(self, message: pb.SessionRequest, tensors: Mapping[str, Packed]) -> None:
         """Notes a request that was answered; one that changes nothing is not kept."""
         kind = message.WhichOneof("body")
         noted = {
@@ -109,7 +110,7 @@ class Journal:
         for name, entries in caches.items():
             self._caches[name] = [self._keep(entry) for entry in entries]
 
-    def _forward(self, message: pb.SessionRequest, tensors: Mapping[str, torch.Tensor]) -> None:
+    def _forward(self, message: pb.SessionRequest, tensors: Mapping[str, Packed]) -> None:
         body = message.forward
         if body.keep_graph:
             if body.request_id not in self._held:  # a repeated one is there already
@@ -119,7 +120,7 @@ class Journal:
                 self._release(pb.Release(cache_ids=[body.cache_id]))
             self._caches.setdefault(body.cache_id, []).append(self._add(message, tensors))
 
-    def _backward(self, message: pb.SessionRequest, tensors: Mapping[str, torch.Tensor]) -> None:
+    def _backward(self, message: pb.SessionRequest, tensors: Mapping[str, Packed]) -> None:
         number = self._held.pop(message.backward.request_id)
         forward = self._entries[number].message.forward
         named = forward.adapter in self.added
@@ -132,7 +133,7 @@ class Journal:
         entries = self._unstepped.setdefault(forward.adapter, [])
         entries += [number, self._add(message, tensors)]
 
-    def _step(self, message: pb.SessionRequest, tensors: Mapping[str, torch.Tensor]) -> None:
+    def _step(self, message: pb.SessionRequest, tensors: Mapping[str, Packed]) -> None:
         body = message.step
         if body.step <= self._committed.get(body.adapter, 0):
             return  # was answered again, not done again
@@ -143,7 +144,7 @@ class Journal:
         self._unstepped.pop(body.adapter, None)
         self._forget_held(body.adapter)
 
-    def _restore(self, message: pb.SessionRequest, tensors: Mapping[str, torch.Tensor]) -> None:
+    def _restore(self, message: pb.SessionRequest, tensors: Mapping[str, Packed]) -> None:
         body = message.restore
         self._add(message, tensors)
         if tensors:
@@ -153,9 +154,7 @@ class Journal:
         if body.HasField("committed_step"):
             self._committed[body.adapter] = body.committed_step
 
-    def _remove_adapter(
-        self, message: pb.SessionRequest, tensors: Mapping[str, torch.Tensor]
-    ) -> None:
+    def _remove_adapter(self, message: pb.SessionRequest, tensors: Mapping[str, Packed]) -> None:
         name = message.remove_adapter.adapter
         self._forget_held(name)
         self._unstepped.pop(name, None)
@@ -190,9 +189,12 @@ class Journal:
             if self._entries[number].message.forward.adapter == adapter:
                 self._release(pb.Release(request_ids=[request_id]))
 
-    def _add(self, message: pb.SessionRequest, tensors: Mapping[str, torch.Tensor]) -> int:
-        # Copies: the caller may change its tensors once it has its answer.
-        copies = {n: t.detach().to("cpu", copy=True) for n, t in tensors.items()}
+    def _add(self, message: pb.SessionRequest, tensors: Mapping[str, Packed]) -> int:
+        # Copies: the caller may change its tensors once it has its answer. Blocks are ours alone.
+        copies = {
+            n: t.detach().to("cpu", copy=True) if isinstance(t, torch.Tensor) else t
+            for n, t in tensors.items()
+        }
         return self._keep(Entry(message, copies))
 
     def _keep(self, entry: Entry) -> int:

@@ -17,8 +17,6 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from functools import partial
 
-import torch
-
 from client_service.connection import (
     CONNECT_TIMEOUT_S,
     Answer,
@@ -38,6 +36,7 @@ from shared.errors import (
     TrunkUnavailableError,
 )
 from shared.pb.trunkline.v1 import trunk_pb2 as pb
+from shared.wire.formats import Packed
 
 logger = logging.getLogger(__name__)
 
@@ -49,7 +48,7 @@ Check = Callable[[str, pb.GetInfoResponse], None]
 @dataclass
 class _Pending:
     message: pb.SessionRequest
-    tensors: Mapping[str, torch.Tensor]
+    tensors: Mapping[str, Packed]
     future: Future[Answer] = field(default_factory=Future)
 
 
@@ -107,7 +106,7 @@ class SessionLink:
         self.journal = Journal(self.opened.trainable_parameters > 0)
 
     def send(
-        self, message: pb.SessionRequest, tensors: Mapping[str, torch.Tensor] | None = None
+        self, message: pb.SessionRequest, tensors: Mapping[str, Packed] | None = None
     ) -> Future[Answer]:
         """Sends a request; its answer arrives in the future, or the error that it was.
 
@@ -127,7 +126,7 @@ class SessionLink:
             return pending.future
 
     def ask(
-        self, message: pb.SessionRequest, tensors: Mapping[str, torch.Tensor] | None = None
+        self, message: pb.SessionRequest, tensors: Mapping[str, Packed] | None = None
     ) -> Answer:
         """Sends a request and waits for its answer, through every recovery.
 

@@ -5,6 +5,8 @@ Dimension letters: B batch, T tokens, S tokens with those in the cache, D model 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 
 from client_service.addresses import split_addresses
@@ -27,7 +29,8 @@ from shared.errors import (
 )
 from shared.failpoints import reach
 from shared.pb.trunkline.v1 import trunk_pb2 as pb
-from shared.wire.dtypes import to_wire
+from shared.wire.dtypes import from_format
+from shared.wire.formats import Packed, pack
 
 Tensors = dict[str, torch.Tensor]
 
@@ -63,6 +66,9 @@ class TrunkSession:
         credentials: Credentials | None = None,
     ) -> None:
         self.terms = terms
+        self.activation_format = terms.activation_format
+        self.gradient_format = terms.gradient_format
+        """How hidden states and gradients travel from now on; may be changed between requests."""
         self._link = SessionLink(
             split_addresses(address),
             self._open_message,
@@ -107,7 +113,7 @@ class TrunkSession:
         if call.keep_graph and self._link.journal.quiet:
             self._shorten_journal()
         reach("client.forward.before")
-        tensors = {"hidden_states": hidden_BTD.to(self.terms.wire_dtype)}
+        tensors: dict[str, Packed] = {"hidden_states": pack(hidden_BTD, self.activation_format)}
         if call.attention_mask is not None:
             tensors["attention_mask"] = _compact(call.attention_mask)
         if call.position_ids is not None:
@@ -122,6 +128,7 @@ class TrunkSession:
             cache_ops=[_cache_op(edit) for edit in call.cache_edits],
             adapter=call.adapter,
             without_adapter=call.without_adapter,
+            answer_format=from_format(self.activation_format),
         )
         answer = self._ask_in_turn(pb.SessionRequest(forward=body), tensors)
         reach("client.forward.after")
@@ -152,8 +159,9 @@ class TrunkSession:
             need_input_gradient=need_input_gradient,
             reset_gradients=reset_gradients,
             penalty_gradient=penalty_gradient,
+            answer_format=from_format(self.gradient_format),
         )
-        tensors = {"gradient": gradient_BTD.to(self.terms.wire_dtype)}
+        tensors = {"gradient": pack(gradient_BTD, self.gradient_format)}
         answer = self._ask_in_turn(pb.SessionRequest(backward=body), tensors)
         reach("client.backward.after")
         found = answer.tensors.get("gradient")
@@ -271,7 +279,7 @@ class TrunkSession:
         """Ends the session; the trunk frees what it held."""
         self._link.close()
 
-    def _ask_in_turn(self, message: pb.SessionRequest, tensors: Tensors) -> Answer:
+    def _ask_in_turn(self, message: pb.SessionRequest, tensors: Mapping[str, Packed]) -> Answer:
         """Asks; other micro-batches compute while this one waits."""
         sent = self._link.send(message, tensors)
         with others_compute():
@@ -330,7 +338,6 @@ class TrunkSession:
             peft_config_json=terms.peft_config_json,
             seed=terms.seed,
             dropout=terms.dropout,
-            wire_dtype=to_wire(terms.wire_dtype),
         )
 
 

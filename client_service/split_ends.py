@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
+from client_service.fused_loss import with_fused_loss
 from client_service.remote_trunk import RemoteTrunk
 from shared.adapters.config import config_from_json
 from shared.adapters.methods import PARTS
@@ -99,9 +100,12 @@ class SplitEnds:
 
 
 @functools.cache
-def split_class(full_class: Any) -> Any:
+def split_class(full_class: Any, fused_loss: bool = False) -> Any:
     """The family's class with :class:`SplitEnds` in it; still a subclass of the family's."""
-    return type(f"Split{full_class.__name__}", (SplitEnds, full_class), {"__module__": __name__})
+    members: dict[str, Any] = {"__module__": __name__}
+    if fused_loss:
+        members["forward"] = with_fused_loss(full_class)
+    return type(f"Split{full_class.__name__}", (SplitEnds, full_class), members)
 
 
 def check_ends(parts: str) -> None:

@@ -9,10 +9,11 @@ from typing import Any, Literal, TypeAlias
 import torch
 from peft import PeftConfig
 
+from client_service.addresses import wait_for_trunk
 from client_service.calls import SessionTerms
 from client_service.hole import with_hole
 from client_service.remote_trunk import RemoteTrunk
-from client_service.session import RECONNECT_TIMEOUT_S, TrunkSession, wait_for_trunk
+from client_service.session import RECONNECT_TIMEOUT_S, TrunkSession
 from client_service.split_ends import TRUNK_ADAPTER, check_ends, train_ends
 from client_service.split_peft import LoadedAdapter, SplitPeftModelForCausalLM, read_loaded
 from shared.adapters.config import config_to_json
@@ -23,6 +24,7 @@ from shared.adapters.wrap import wrap
 from shared.errors import AdapterError
 from shared.models import Checkpoint, SplitRange, open_checkpoint
 from shared.models.digest import client_digest
+from shared.wire.formats import WireFormat
 
 logger = logging.getLogger(__name__)
 
@@ -45,8 +47,10 @@ class SplitModelForCausalLM:
         seed: int = 0,
         dropout: float | None = None,
         dtype: torch.dtype = torch.float32,
-        wire_dtype: torch.dtype = torch.float32,
+        wire_format: str = "float32",
+        gradient_wire_format: str | None = None,
         quantize: str = "",
+        fused_loss: bool = False,
         reconnect_timeout_s: float = RECONNECT_TIMEOUT_S,
     ) -> Any:
         """Opens a session on a trunk and loads the two ends of a model around it.
@@ -64,8 +68,13 @@ class SplitModelForCausalLM:
             seed: Fixes fresh adapter weights and the trunk's dropout.
             dropout: Replaces the probability of the model's own dropout layers, on both sides.
             dtype: What the ends are computed in.
-            wire_dtype: What hidden states and gradients travel in.
+            wire_format: How hidden states travel: ``float32``, ``bfloat16``, ``float16`` or
+                ``int8``; the last ones lose digits (docs/performance.md tells what it does).
+            gradient_wire_format: How gradients travel; None is as hidden states.
             quantize: Holds the ends' base weights in ``"nf4"`` or ``"int8"`` (bitsandbytes).
+            fused_loss: In training mode, makes the loss and its gradients without the logits, and
+                only where a label counts (see :mod:`client_service.fused_loss`): faster, the same
+                up to rounding, and the output's ``logits`` are None.
             reconnect_timeout_s: How long to look for a trunk when one is lost; 0 gives up at once.
 
         Returns:
@@ -104,11 +113,12 @@ class SplitModelForCausalLM:
             peft_config_json=trunk_json,
             seed=seed,
             dropout=dropout,
-            wire_dtype=wire_dtype,
+            activation_format=WireFormat.named(wire_format),
+            gradient_format=WireFormat.named(gradient_wire_format or wire_format),
         )
         remote = RemoteTrunk(TrunkSession(trunk, terms, reconnect_timeout_s=reconnect_timeout_s))
         try:
-            whole: Any = with_hole(checkpoint, served, remote, dtype, dropout, quantize)
+            whole: Any = with_hole(checkpoint, served, remote, dtype, dropout, quantize, fused_loss)
             if plan is not None:
                 whole = wrap(whole, plan.client, seed, "client", SplitPeftModelForCausalLM)
                 remote.proxy.requires_grad_(remote.trainable)

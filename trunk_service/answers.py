@@ -13,12 +13,11 @@ from collections.abc import Coroutine, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
 from shared.errors import ProtocolError, UnknownSessionError
 from shared.pb.trunkline.v1 import trunk_pb2 as pb
+from shared.wire.formats import Packed
 
-Answer = tuple[pb.SessionResponse, Mapping[str, torch.Tensor]]
+Answer = tuple[pb.SessionResponse, Mapping[str, Packed]]
 
 
 @dataclass

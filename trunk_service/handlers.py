@@ -8,10 +8,11 @@ from typing import Any
 import torch
 
 from shared.pb.trunkline.v1 import trunk_pb2 as pb
+from shared.wire.formats import Packed
 from trunk_service import translate
 from trunk_service.session import TenantSession
 
-Answer = tuple[pb.SessionResponse, Mapping[str, torch.Tensor]]
+Answer = tuple[pb.SessionResponse, Mapping[str, Packed]]
 
 
 def _forward(tenant: TenantSession, body: pb.Forward, tensors: translate.Tensors) -> Answer:

@@ -10,6 +10,7 @@ from enum import Enum
 
 import torch
 
+from shared.wire.formats import Packed, WireFormat
 from trunk_service.optimizers import OptimizerSpec
 
 
@@ -23,7 +24,8 @@ class OpenRequest:
     peft_config_json: str = ""
     seed: int = 0
     dropout: float | None = None
-    wire_dtype: torch.dtype = torch.float32
+    wire_format: WireFormat = WireFormat.FLOAT32
+    """Of answers to requests that name none."""
 
 
 @dataclass(frozen=True)
@@ -67,6 +69,7 @@ class ForwardRequest:
     cache_edits: list[CacheEdit] = field(default_factory=list)
     adapter: str = ""
     without_adapter: bool = False
+    answer_format: WireFormat | None = None
 
 
 class HeldMode(Enum):
@@ -82,7 +85,7 @@ class HeldMode(Enum):
 class ForwardAnswer:
     """Hidden states [B, T, D] behind the trunk, and what is held for backward."""
 
-    hidden_BTD: torch.Tensor
+    hidden_BTD: Packed
     held_mode: HeldMode | None = None
     held_bytes: int = 0
     penalty: float = 0.0
@@ -99,13 +102,14 @@ class BackwardRequest:
     need_input_gradient: bool = True
     reset_gradients: bool = False
     penalty_gradient: float = 0.0
+    answer_format: WireFormat | None = None
 
 
 @dataclass(frozen=True)
 class BackwardAnswer:
     """The gradient [B, T, D] with respect to a forward's input, if it was asked for."""
 
-    gradient_BTD: torch.Tensor | None
+    gradient_BTD: Packed | None
     gradient_norm: float
     """2-norm of the adapter's gradient accumulated since the last step."""
 

@@ -13,6 +13,7 @@ from dataclasses import replace
 import torch
 
 from shared.errors import AdapterError, ProtocolError, ResourceExhaustedError, TensorError
+from shared.wire.formats import Packed, WireFormat, pack
 from trunk_service.adapter import TenantAdapter
 from trunk_service.adapters import SessionAdapters
 from trunk_service.budget import ByteBudget
@@ -95,7 +96,6 @@ class TenantSession:
         check_forward(
             request,
             self._trunk.info,
-            self._terms.wire_dtype,
             self._limits.max_tokens_per_request,
             cached,
             adapter.virtual_tokens,
@@ -105,7 +105,7 @@ class TenantSession:
         else:
             with torch.no_grad():
                 output_BTD = self._run(adapter, request, self._input(request))
-            answer = ForwardAnswer(self._to_wire(output_BTD))
+            answer = ForwardAnswer(self._to_wire(output_BTD, request.answer_format))
         penalty, terms = adapter.penalty()
         return replace(answer, penalty=penalty, penalty_terms=terms)
 
@@ -119,12 +119,7 @@ class TenantSession:
                 stays held.
         """
         held = self.held.get(request.request_id)
-        check_values(
-            "gradient",
-            request.gradient_BTD,
-            self._terms.wire_dtype,
-            self._trunk.info.hidden_size,
-        )
+        check_values("gradient", request.gradient_BTD, self._trunk.info.hidden_size)
         if request.gradient_BTD.shape != held.input_BTD.shape:
             raise TensorError(
                 f"gradient has shape {tuple(request.gradient_BTD.shape)}; the forward had "
@@ -145,7 +140,9 @@ class TenantSession:
             raise
         self.held.drop(request.request_id)
         wanted = request.need_input_gradient and input_gradient is not None
-        answer = self._to_wire(input_gradient) if wanted and input_gradient is not None else None
+        answer = None
+        if wanted and input_gradient is not None:
+            answer = self._to_wire(input_gradient, request.answer_format)
         return BackwardAnswer(answer, adapter.gradients.norm())
 
     def step(self, request: StepRequest) -> StepAnswer:
@@ -212,9 +209,9 @@ class TenantSession:
 
     def _forward_held(self, adapter: TenantAdapter, request: ForwardRequest) -> ForwardAnswer:
         if (same := self.held.same(request)) is not None:
-            return ForwardAnswer(
-                self._to_wire(self._output_again(adapter, same)), same.mode, same.reserved_bytes
-            )
+            output_BTD = self._output_again(adapter, same)
+            answer = self._to_wire(output_BTD, request.answer_format)
+            return ForwardAnswer(answer, same.mode, same.reserved_bytes)
         self.held.check_new(request.request_id)
         retain, reserved = self._reserve(adapter, request)
         try:
@@ -227,7 +224,8 @@ class TenantSession:
             self.budget.release(reserved)
             raise
         held = self.held.add(request, input_BTD, output_BTD if retain else None, reserved)
-        return ForwardAnswer(self._to_wire(output_BTD), held.mode, reserved)
+        answer = self._to_wire(output_BTD, request.answer_format)
+        return ForwardAnswer(answer, held.mode, reserved)
 
     def _output_again(self, adapter: TenantAdapter, held: HeldRequest) -> torch.Tensor:
         if held.output_BTD is not None:
@@ -277,5 +275,5 @@ class TenantSession:
     def _input(self, request: ForwardRequest) -> torch.Tensor:
         return request.hidden_BTD.to(self._trunk.device, self._trunk.info.dtype)
 
-    def _to_wire(self, tensor: torch.Tensor) -> torch.Tensor:
-        return tensor.detach().to("cpu", self._terms.wire_dtype)
+    def _to_wire(self, tensor: torch.Tensor, wire_format: WireFormat | None) -> Packed:
+        return pack(tensor, wire_format or self._terms.wire_format)

@@ -11,12 +11,11 @@ import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from concurrent.futures import Future
 
-import torch
-
 from shared.errors import DrainingError, ProtocolError, ResourceExhaustedError, TrunklineError
 from shared.failpoints import reach
 from shared.pb.trunkline.v1 import trunk_pb2 as pb
 from shared.wire.error_codes import to_message
+from shared.wire.formats import Packed
 from shared.wire.messages import Inbox, Incoming, to_frames
 from trunk_service import translate
 from trunk_service.answers import Answer
@@ -243,9 +242,7 @@ class SessionStream:
         logger.info("session closed", extra={"session": session.session_id})
         return self._registry.close(session)
 
-    async def _write(
-        self, response: pb.SessionResponse, tensors: Mapping[str, torch.Tensor]
-    ) -> None:
+    async def _write(self, response: pb.SessionResponse, tensors: Mapping[str, Packed]) -> None:
         # A copy, since the answer may be given again and its tensors are announced in it.
         message = pb.SessionResponse()
         message.CopyFrom(response)

@@ -9,7 +9,8 @@ import torch
 from shared import __version__
 from shared.errors import AdapterError, ProtocolError
 from shared.pb.trunkline.v1 import trunk_pb2 as pb
-from shared.wire.dtypes import to_torch, to_wire
+from shared.wire.dtypes import to_format, to_wire
+from shared.wire.formats import WireFormat
 from trunk_service.limits import Limits
 from trunk_service.optimizers import KINDS, OptimizerSpec
 from trunk_service.requests import (
@@ -30,6 +31,13 @@ Tensors = Mapping[str, torch.Tensor]
 # Numbers that an optimizer keeps for each parameter, at most (AdamW with amsgrad).
 _MOMENTS = 3
 
+_FLOATING: dict[int, WireFormat] = {
+    pb.DATA_TYPE_FLOAT32: WireFormat.FLOAT32,
+    pb.DATA_TYPE_BFLOAT16: WireFormat.BFLOAT16,
+    pb.DATA_TYPE_FLOAT16: WireFormat.FLOAT16,
+    pb.DATA_TYPE_FLOAT64: WireFormat.FLOAT64,
+}
+
 _HELD_MODES = {
     None: pb.HELD_MODE_UNSPECIFIED,
     HeldMode.RETAINED: pb.HELD_MODE_RETAINED,
@@ -41,11 +49,10 @@ def open_request(body: pb.Open) -> OpenRequest:
     """Reads the terms of a session.
 
     Raises:
-        TensorError: If the wire dtype is unknown.
-        ProtocolError: If the dropout probability is none.
+        ProtocolError: If the wire dtype is not floating-point or the dropout probability is none.
     """
-    wire_dtype = to_torch(body.wire_dtype or pb.DATA_TYPE_FLOAT32)
-    if not wire_dtype.is_floating_point:
+    wire_dtype = body.wire_dtype or pb.DATA_TYPE_FLOAT32
+    if wire_dtype not in _FLOATING:
         raise ProtocolError(f"wire dtype {wire_dtype} is not a floating-point type")
     if body.HasField("dropout") and not 0.0 <= body.dropout < 1.0:
         raise ProtocolError(f"dropout {body.dropout} is not a probability from 0 to below 1")
@@ -56,7 +63,7 @@ def open_request(body: pb.Open) -> OpenRequest:
         peft_config_json=body.peft_config_json,
         seed=body.seed,
         dropout=body.dropout if body.HasField("dropout") else None,
-        wire_dtype=wire_dtype,
+        wire_format=_FLOATING[wire_dtype],
     )
 
 
@@ -65,6 +72,7 @@ def forward_request(body: pb.Forward, tensors: Tensors) -> ForwardRequest:
 
     Raises:
         ProtocolError: If ``hidden_states`` are missing or a tensor is not known.
+        TensorError: If the answer's format is unknown.
     """
     _check_names(tensors, {"hidden_states"}, {"attention_mask", "position_ids"})
     return ForwardRequest(
@@ -80,6 +88,7 @@ def forward_request(body: pb.Forward, tensors: Tensors) -> ForwardRequest:
         cache_edits=[_cache_edit(op) for op in body.cache_ops],
         adapter=body.adapter,
         without_adapter=body.without_adapter,
+        answer_format=to_format(body.answer_format),
     )
 
 
@@ -88,6 +97,7 @@ def backward_request(body: pb.Backward, tensors: Tensors) -> BackwardRequest:
 
     Raises:
         ProtocolError: If ``gradient`` is missing or a tensor is not known.
+        TensorError: If the answer's format is unknown.
     """
     _check_names(tensors, {"gradient"}, set())
     return BackwardRequest(
@@ -96,6 +106,7 @@ def backward_request(body: pb.Backward, tensors: Tensors) -> BackwardRequest:
         need_input_gradient=body.need_input_gradient,
         reset_gradients=body.reset_gradients,
         penalty_gradient=body.penalty_gradient,
+        answer_format=to_format(body.answer_format),
     )
 
 

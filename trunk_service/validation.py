@@ -12,7 +12,6 @@ from trunk_service.trunk import TrunkInfo
 def check_forward(
     request: ForwardRequest,
     info: TrunkInfo,
-    wire_dtype: torch.dtype,
     max_tokens: int,
     cached_tokens: int,
     virtual_tokens: int = 0,
@@ -22,7 +21,6 @@ def check_forward(
     Args:
         request: What the tenant sent.
         info: The trunk's model.
-        wire_dtype: The session's dtype.
         max_tokens: Most batch rows times tokens.
         cached_tokens: Tokens already in the cache that is extended.
         virtual_tokens: Those of a prefix, which take positions too.
@@ -30,7 +28,7 @@ def check_forward(
     Raises:
         TensorError: Names the tensor, what was given and what is accepted.
     """
-    check_values("hidden_states", request.hidden_BTD, wire_dtype, info.hidden_size)
+    check_values("hidden_states", request.hidden_BTD, info.hidden_size)
     batch, tokens, _ = request.hidden_BTD.shape
     total = cached_tokens + tokens
     if batch * tokens > max_tokens:
@@ -49,8 +47,8 @@ def check_forward(
         _check_positions(request.position_ids, batch, tokens, info.max_positions)
 
 
-def check_values(name: str, tensor: torch.Tensor, dtype: torch.dtype, hidden_size: int) -> None:
-    """Refuses what is not a finite [B, T, D] tensor of the session's dtype.
+def check_values(name: str, tensor: torch.Tensor, hidden_size: int) -> None:
+    """Refuses what is not a finite [B, T, D] tensor of floating-point numbers.
 
     Raises:
         TensorError: Names what was given and what is accepted.
@@ -60,8 +58,8 @@ def check_values(name: str, tensor: torch.Tensor, dtype: torch.dtype, hidden_siz
         raise TensorError(f"{name} has shape {shape}; accepted: [batch, tokens, {hidden_size}]")
     if shape[2] != hidden_size:
         raise TensorError(f"{name} has hidden size {shape[2]}; the model's is {hidden_size}")
-    if tensor.dtype != dtype:
-        raise TensorError(f"{name} is {tensor.dtype}; this session agreed on {dtype}")
+    if not tensor.is_floating_point():
+        raise TensorError(f"{name} is {tensor.dtype}; accepted: a floating-point type, int8 blocks")
     if not bool(torch.isfinite(tensor).all()):
         raise TensorError(f"{name} holds NaN or Inf")
 

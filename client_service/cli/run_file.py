@@ -53,6 +53,7 @@ class RunSettings:
     chat: bool
     quantize: str
     threads: int
+    fused_loss: bool = False  # runs that began before there was a choice have none
 
     def anywhere(self) -> RunSettings:
         """The same settings with paths that mean the same in another working directory."""

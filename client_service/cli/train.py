@@ -13,6 +13,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from client_service.addresses import wait_for_trunk
 from client_service.atomic_folder import remove_leftovers, replaced_folder
 from client_service.chat import ChatOptions
 from client_service.checkpoint import Checkpoint, Checkpoints, check_can_be_saved
@@ -47,7 +48,6 @@ from client_service.cli.run_file import (
     write_run,
 )
 from client_service.data import batches, read_texts, token_blocks
-from client_service.session import wait_for_trunk
 from client_service.split_model import SplitModelForCausalLM
 from client_service.training import StepMetrics, TrainingPlan, train
 from shared.bundled import private_train_file
@@ -112,6 +112,9 @@ def train_command(
         bool, typer.Option("--chat", help="Talk with the model when it is trained.")
     ] = False,
     quantize: QuantizeOption = "",
+    fused_loss: Annotated[
+        bool, typer.Option(help="Make the loss without the logits: faster, other last digits.")
+    ] = False,
     threads: ThreadsOption = 0,
 ) -> None:
     """Fine-tune through the split; write metrics and ONE adapter of the whole model."""
@@ -189,6 +192,7 @@ def _open(model: str, settings: RunSettings) -> Any:
         seed=settings.seed,
         dropout=settings.dropout,
         quantize=settings.quantize,
+        fused_loss=settings.fused_loss,
         reconnect_timeout_s=settings.reconnect_timeout,
     )
 

@@ -1,4 +1,4 @@
-"""The dtypes of the wire and torch's, one table both ways."""
+"""The dtypes and formats of the wire and ours, one table each, both ways."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import torch
 
 from shared.errors import TensorError
 from shared.pb.trunkline.v1 import trunk_pb2 as pb
+from shared.wire.formats import WireFormat
 
 TORCH_DTYPES: dict[int, torch.dtype] = {
     pb.DATA_TYPE_FLOAT32: torch.float32,
@@ -18,6 +19,16 @@ TORCH_DTYPES: dict[int, torch.dtype] = {
     pb.DATA_TYPE_UINT8: torch.uint8,
     pb.DATA_TYPE_BOOL: torch.bool,
 }
+
+_FORMATS: dict[int, WireFormat] = {
+    pb.WIRE_FORMAT_FLOAT32: WireFormat.FLOAT32,
+    pb.WIRE_FORMAT_BFLOAT16: WireFormat.BFLOAT16,
+    pb.WIRE_FORMAT_FLOAT16: WireFormat.FLOAT16,
+    pb.WIRE_FORMAT_FLOAT64: WireFormat.FLOAT64,
+    pb.WIRE_FORMAT_INT8: WireFormat.INT8,
+}
+
+_FORMAT_VALUES = {wire_format: value for value, wire_format in _FORMATS.items()}
 
 _WIRE_DTYPES = {dtype: value for value, dtype in TORCH_DTYPES.items()}
 
@@ -42,3 +53,21 @@ def to_wire(dtype: torch.dtype) -> pb.DataType.ValueType:
     if dtype not in _WIRE_DTYPES:
         raise TensorError(f"{dtype} does not travel; accepted: {', '.join(map(str, _WIRE_DTYPES))}")
     return pb.DataType.ValueType(_WIRE_DTYPES[dtype])
+
+
+def to_format(value: int) -> WireFormat | None:
+    """Returns what a wire ``WireFormat`` means; None for the unspecified one.
+
+    Raises:
+        TensorError: If the value is none of the enumeration.
+    """
+    if value == pb.WIRE_FORMAT_UNSPECIFIED:
+        return None
+    if value not in _FORMATS:
+        raise TensorError(f"wire format {value} is unknown; accepted: {sorted(_FORMATS)}")
+    return _FORMATS[value]
+
+
+def from_format(wire_format: WireFormat) -> pb.WireFormat.ValueType:
+    """Returns the wire ``WireFormat`` of ours."""
+    return pb.WireFormat.ValueType(_FORMAT_VALUES[wire_format])

@@ -10,6 +10,7 @@ import torch
 
 from shared.errors import ProtocolError, ResourceExhaustedError, TrunklineError
 from shared.pb.trunkline.v1 import trunk_pb2 as pb
+from shared.wire.formats import Packed
 from shared.wire.frames import decode_frame, encode_frame
 from shared.wire.tensors import TensorAssembly, announce, chunks
 
@@ -18,7 +19,7 @@ M = TypeVar("M", pb.SessionRequest, pb.SessionResponse)
 MAX_OPEN_MESSAGES = 64
 
 
-def to_frames(message: M, tensors: Mapping[str, torch.Tensor]) -> Iterator[bytes]:
+def to_frames(message: M, tensors: Mapping[str, Packed]) -> Iterator[bytes]:
     """Yields a message as frames of bounded size, its tensors announced in the first."""
     message.tensors.extend(announce(tensors))
     pieces = chunks(tensors)

@@ -13,12 +13,15 @@ from shared.errors import ProtocolError, TensorError
 from shared.pb.trunkline.v1 import trunk_pb2 as pb
 from shared.tensor_bytes import as_bytes
 from shared.wire.dtypes import to_torch, to_wire
+from shared.wire.formats import Int8Blocks, Packed, block_bytes, unpack
 
 CHUNK_BYTES = 2 * 1024 * 1024
 """Most payload bytes in one message; with its small fields it stays under ``MAX_FRAME_BYTES``."""
 
 MAX_FRAME_BYTES = CHUNK_BYTES + 1024 * 1024
 """What both sides allow gRPC to receive as one message."""
+
+_ENCODINGS = frozenset({pb.ENCODING_UNSPECIFIED, pb.ENCODING_INT8_BLOCKS})
 
 MAX_RANK = 8
 MAX_TENSORS = 100_000
@@ -34,21 +37,29 @@ with warnings.catch_warnings():
     torch.frombuffer(b"\0", dtype=torch.uint8)
 
 
-def announce(tensors: Mapping[str, torch.Tensor]) -> list[pb.TensorSpec]:
+def announce(tensors: Mapping[str, Packed]) -> list[pb.TensorSpec]:
     """Describes tensors in the order in which their bytes will follow."""
-    return [
-        pb.TensorSpec(name=name, data_type=to_wire(t.dtype), shape=t.shape)
-        for name, t in tensors.items()
-    ]
+    return [_announced(name, tensor) for name, tensor in tensors.items()]
 
 
-def chunks(tensors: Mapping[str, torch.Tensor]) -> Iterator[memoryview]:
+def _announced(name: str, tensor: Packed) -> pb.TensorSpec:
+    if isinstance(tensor, Int8Blocks):
+        return pb.TensorSpec(
+            name=name,
+            data_type=pb.DATA_TYPE_FLOAT32,
+            shape=tensor.shape,
+            encoding=pb.ENCODING_INT8_BLOCKS,
+        )
+    return pb.TensorSpec(name=name, data_type=to_wire(tensor.dtype), shape=tensor.shape)
+
+
+def chunks(tensors: Mapping[str, Packed]) -> Iterator[memoryview]:
     """Yields the bytes of the tensors, back to back, at most ``CHUNK_BYTES`` at a time.
 
     A chunk never spans two tensors, so that nothing has to be copied to cut one.
     """
     for tensor in tensors.values():
-        view = as_bytes(tensor)
+        view = as_bytes(tensor.raw if isinstance(tensor, Int8Blocks) else tensor)
         for start in range(0, view.nbytes, CHUNK_BYTES):
             yield view[start : start + CHUNK_BYTES]
 
@@ -80,7 +91,13 @@ class TensorAssembly:
         self.tensors = {
             s.name: torch.empty(tuple(s.shape), dtype=to_torch(s.data_type)) for s in specs
         }
-        self._open = [_raw(t) for t in self.tensors.values() if t.numel()]
+        self._encoded = {
+            s.name: torch.empty(block_bytes(self.tensors[s.name].numel()), dtype=torch.uint8)
+            for s in specs
+            if s.encoding == pb.ENCODING_INT8_BLOCKS
+        }
+        arriving = (self._encoded.get(name, t) for name, t in self.tensors.items())
+        self._open = [_raw(tensor) for tensor in arriving if tensor.numel()]
         self._filled = 0
 
     @property
@@ -106,6 +123,10 @@ class TensorAssembly:
             if self._filled == target.numel():
                 self._open.pop(0)
                 self._filled = 0
+        if not self._open:
+            while self._encoded:
+                name, raw = self._encoded.popitem()
+                self.tensors[name] = unpack(raw, self.tensors[name].shape)
 
 
 def _raw(tensor: torch.Tensor) -> torch.Tensor:
@@ -113,6 +134,11 @@ def _raw(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _byte_size(spec: pb.TensorSpec) -> int:
+    """Bytes once it is decoded."""
+    if spec.encoding not in _ENCODINGS:
+        raise TensorError(f"{spec.name}: encoding {spec.encoding}; accepted: {sorted(_ENCODINGS)}")
+    if spec.encoding and spec.data_type != pb.DATA_TYPE_FLOAT32:
+        raise TensorError(f"{spec.name}: int8 blocks are of float32 numbers alone")
     if len(spec.shape) > MAX_RANK:
         raise TensorError(f"{spec.name}: rank {len(spec.shape)}; at most {MAX_RANK} is accepted")
     # Empty dimensions count as 1 here: torch computes strides past them, and those overflow.

@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import grpc
 import pytest
@@ -105,9 +105,14 @@ def raw(session: TrunkSession, tensors: list[pb.TensorSpec], data: bytes) -> Non
     future.result(timeout=60)
 
 
-def spec(shape: list[int], data_type: int = pb.DATA_TYPE_FLOAT32) -> pb.TensorSpec:
-    kind: Any = data_type
-    return pb.TensorSpec(name="hidden_states", data_type=kind, shape=shape)
+BLOCKS = pb.ENCODING_INT8_BLOCKS
+
+
+def spec(
+    shape: list[int], data_type: int = pb.DATA_TYPE_FLOAT32, encoding: int = 0
+) -> pb.TensorSpec:
+    kind, how = cast(Any, data_type), cast(Any, encoding)
+    return pb.TensorSpec(name="hidden_states", data_type=kind, shape=shape, encoding=how)
 
 
 @pytest.mark.parametrize(
@@ -116,7 +121,12 @@ def spec(shape: list[int], data_type: int = pb.DATA_TYPE_FLOAT32) -> pb.TensorSp
         ([spec([2**40, 2**40])], b"", TensorError),
         ([spec([1] * 9)], b"1234", TensorError),
         ([spec([1, 1, 64], 99)], b"", TensorError),
-        ([spec([1, 1, 64], pb.DATA_TYPE_FLOAT16)], bytes(128), TensorError),
+        ([spec([1, 1, 64], pb.DATA_TYPE_INT8)], bytes(64), TensorError),
+        ([spec([1, 1, 64], encoding=7)], bytes(66), TensorError),
+        ([spec([1, 1, 64], pb.DATA_TYPE_FLOAT16, BLOCKS)], bytes(66), TensorError),
+        ([spec([1, 1, 64], encoding=BLOCKS)], bytes(67), ProtocolError),
+        # A scale of not-a-number.
+        ([spec([1, 1, 64], encoding=BLOCKS)], b"\xff\xff" + bytes(64), TensorError),
         ([spec([1, 1, 64], pb.DATA_TYPE_INT64)], bytes(512), TensorError),
         ([spec([1, 1, 64])], bytes(257), ProtocolError),
         ([spec([1, 1, 64]), spec([1, 1, 64])], bytes(512), ProtocolError),

@@ -165,6 +165,8 @@ class _HeldModeEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_HeldMode.Val
     """The autograd graph is kept."""
     HELD_MODE_RECOMPUTED: _HeldMode.ValueType  # 2
     """Only the boundary activation is kept; backward recomputes the graph."""
+    HELD_MODE_OFFLOADED: _HeldMode.ValueType  # 3
+    """The autograd graph is kept, its tensors elsewhere than in the memory that computes."""
 
 class HeldMode(_HeldMode, metaclass=_HeldModeEnumTypeWrapper): ...
 
@@ -173,7 +175,60 @@ HELD_MODE_RETAINED: HeldMode.ValueType  # 1
 """The autograd graph is kept."""
 HELD_MODE_RECOMPUTED: HeldMode.ValueType  # 2
 """Only the boundary activation is kept; backward recomputes the graph."""
+HELD_MODE_OFFLOADED: HeldMode.ValueType  # 3
+"""The autograd graph is kept, its tensors elsewhere than in the memory that computes."""
 Global___HeldMode: _TypeAlias = HeldMode  # noqa: Y015
+
+class _Encoding:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _EncodingEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Encoding.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    ENCODING_UNSPECIFIED: _Encoding.ValueType  # 0
+    """The numbers themselves."""
+    ENCODING_INT8_BLOCKS: _Encoding.ValueType  # 1
+    """Of a float32 tensor: for every 64 numbers in order (the last block may be shorter) a bfloat16
+    scale, then every number as int8, to be multiplied by its block's scale.
+    """
+
+class Encoding(_Encoding, metaclass=_EncodingEnumTypeWrapper): ...
+
+ENCODING_UNSPECIFIED: Encoding.ValueType  # 0
+"""The numbers themselves."""
+ENCODING_INT8_BLOCKS: Encoding.ValueType  # 1
+"""Of a float32 tensor: for every 64 numbers in order (the last block may be shorter) a bfloat16
+scale, then every number as int8, to be multiplied by its block's scale.
+"""
+Global___Encoding: _TypeAlias = Encoding  # noqa: Y015
+
+class _WireFormat:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _WireFormatEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_WireFormat.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    WIRE_FORMAT_UNSPECIFIED: _WireFormat.ValueType  # 0
+    """The session's wire_dtype."""
+    WIRE_FORMAT_FLOAT32: _WireFormat.ValueType  # 1
+    WIRE_FORMAT_BFLOAT16: _WireFormat.ValueType  # 2
+    WIRE_FORMAT_FLOAT16: _WireFormat.ValueType  # 3
+    WIRE_FORMAT_FLOAT64: _WireFormat.ValueType  # 4
+    WIRE_FORMAT_INT8: _WireFormat.ValueType  # 5
+    """float32 with ENCODING_INT8_BLOCKS."""
+
+class WireFormat(_WireFormat, metaclass=_WireFormatEnumTypeWrapper):
+    """How hidden states and gradients travel."""
+
+WIRE_FORMAT_UNSPECIFIED: WireFormat.ValueType  # 0
+"""The session's wire_dtype."""
+WIRE_FORMAT_FLOAT32: WireFormat.ValueType  # 1
+WIRE_FORMAT_BFLOAT16: WireFormat.ValueType  # 2
+WIRE_FORMAT_FLOAT16: WireFormat.ValueType  # 3
+WIRE_FORMAT_FLOAT64: WireFormat.ValueType  # 4
+WIRE_FORMAT_INT8: WireFormat.ValueType  # 5
+"""float32 with ENCODING_INT8_BLOCKS."""
+Global___WireFormat: _TypeAlias = WireFormat  # noqa: Y015
 
 @_typing.final
 class GetInfoRequest(_message.Message):
@@ -262,8 +317,11 @@ class TensorSpec(_message.Message):
     NAME_FIELD_NUMBER: _builtins.int
     DATA_TYPE_FIELD_NUMBER: _builtins.int
     SHAPE_FIELD_NUMBER: _builtins.int
+    ENCODING_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     data_type: Global___DataType.ValueType
+    """Of the tensor once it is decoded."""
+    encoding: Global___Encoding.ValueType
     @_builtins.property
     def shape(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
     def __init__(
@@ -272,10 +330,11 @@ class TensorSpec(_message.Message):
         name: _builtins.str = ...,
         data_type: Global___DataType.ValueType = ...,
         shape: _abc.Iterable[_builtins.int] | None = ...,
+        encoding: Global___Encoding.ValueType = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["data_type", b"data_type", "name", b"name", "shape", b"shape"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["data_type", b"data_type", "encoding", b"encoding", "name", b"name", "shape", b"shape"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -500,7 +559,7 @@ class Open(_message.Message):
     dropout: _builtins.float
     """Replaces the probability of the model's own dropout layers."""
     wire_dtype: Global___DataType.ValueType
-    """The dtype of hidden states and gradients on the wire."""
+    """The dtype of hidden states and gradients in answers to requests that name no format."""
     resume_session_id: _builtins.str
     """Goes on with a session whose connection broke, instead of a new one: the other fields are not
     read. What was not answered is sent again under its old id; what was done is only answered.
@@ -576,6 +635,7 @@ class Forward(_message.Message):
     CACHE_OPS_FIELD_NUMBER: _builtins.int
     ADAPTER_FIELD_NUMBER: _builtins.int
     WITHOUT_ADAPTER_FIELD_NUMBER: _builtins.int
+    ANSWER_FORMAT_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     """Names the state kept for Backward; unused (empty) without keep_graph."""
     keep_graph: _builtins.bool
@@ -590,6 +650,8 @@ class Forward(_message.Message):
     """Which of the session's adapters to run with; empty is "default"."""
     without_adapter: _builtins.bool
     """Runs the blocks without any adapter."""
+    answer_format: Global___WireFormat.ValueType
+    """How the answer travels; what is sent says so itself."""
     @_builtins.property
     def cache_ops(self) -> _containers.RepeatedCompositeFieldContainer[Global___CacheOp]:
         """Applied to that cache before the forward."""
@@ -606,10 +668,11 @@ class Forward(_message.Message):
         cache_ops: _abc.Iterable[Global___CacheOp] | None = ...,
         adapter: _builtins.str = ...,
         without_adapter: _builtins.bool = ...,
+        answer_format: Global___WireFormat.ValueType = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter", "cache_id", b"cache_id", "cache_ops", b"cache_ops", "keep_graph", b"keep_graph", "micro", b"micro", "request_id", b"request_id", "step", b"step", "training", b"training", "without_adapter", b"without_adapter"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter", "answer_format", b"answer_format", "cache_id", b"cache_id", "cache_ops", b"cache_ops", "keep_graph", b"keep_graph", "micro", b"micro", "request_id", b"request_id", "step", b"step", "training", b"training", "without_adapter", b"without_adapter"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -760,6 +823,7 @@ class Backward(_message.Message):
     NEED_INPUT_GRADIENT_FIELD_NUMBER: _builtins.int
     RESET_GRADIENTS_FIELD_NUMBER: _builtins.int
     PENALTY_GRADIENT_FIELD_NUMBER: _builtins.int
+    ANSWER_FORMAT_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     need_input_gradient: _builtins.bool
     """False when nothing below the trunk is trainable: no gradient is sent back."""
@@ -767,6 +831,8 @@ class Backward(_message.Message):
     """Drops the gradients accumulated so far: the client zeroed its own."""
     penalty_gradient: _builtins.float
     """Derivative of the loss with respect to the forward's penalty."""
+    answer_format: Global___WireFormat.ValueType
+    """How the answer travels; what is sent says so itself."""
     def __init__(
         self,
         *,
@@ -774,10 +840,11 @@ class Backward(_message.Message):
         need_input_gradient: _builtins.bool = ...,
         reset_gradients: _builtins.bool = ...,
         penalty_gradient: _builtins.float = ...,
+        answer_format: Global___WireFormat.ValueType = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["need_input_gradient", b"need_input_gradient", "penalty_gradient", b"penalty_gradient", "request_id", b"request_id", "reset_gradients", b"reset_gradients"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["answer_format", b"answer_format", "need_input_gradient", b"need_input_gradient", "penalty_gradient", b"penalty_gradient", "request_id", b"request_id", "reset_gradients", b"reset_gradients"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

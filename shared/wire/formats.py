@@ -1,0 +1,119 @@
+"""What hidden states and gradients look like on the wire: plain dtypes, and int8 in blocks.
+
+Int8 takes a quarter of float32's bytes. Every block of 64 numbers shares one scale, its largest
+magnitude divided by 127 (Dettmers et al., 8-bit Optimizers via Block-wise Quantization, 2022; with
+rounding to the nearest of evenly spaced levels). Scales are bfloat16, which has float32's range:
+gradients are often smaller than float16 can tell from zero.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+
+import torch
+
+from shared.errors import InvalidInputError
+
+BLOCK = 64
+_SCALE_BYTES = 2
+_LEVELS = 127.0
+
+
+class WireFormat(Enum):
+    """How a tensor of floating-point numbers travels."""
+
+    FLOAT32 = "float32"
+    BFLOAT16 = "bfloat16"
+    FLOAT16 = "float16"
+    FLOAT64 = "float64"
+    INT8 = "int8"
+
+    @classmethod
+    def named(cls, name: str) -> WireFormat:
+        """The format of a name.
+
+        Raises:
+            InvalidInputError: If there is none; names all.
+        """
+        if name not in [f.value for f in cls]:
+            accepted = ", ".join(f.value for f in cls)
+            raise InvalidInputError(f"wire format {name!r} is unknown; accepted: {accepted}")
+        return cls(name)
+
+
+_DTYPES = {
+    WireFormat.FLOAT32: torch.float32,
+    WireFormat.BFLOAT16: torch.bfloat16,
+    WireFormat.FLOAT16: torch.float16,
+    WireFormat.FLOAT64: torch.float64,
+}
+
+
+@dataclass(frozen=True)
+class Int8Blocks:
+    """A float32 tensor as int8 numbers and the scales of their blocks."""
+
+    raw: torch.Tensor
+    """uint8: the scales of all blocks, then the numbers."""
+    shape: torch.Size
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes on the wire."""
+        return self.raw.nbytes
+
+
+Packed = torch.Tensor | Int8Blocks
+
+
+def pack(tensor: torch.Tensor, wire_format: WireFormat) -> Packed:
+    """Converts a tensor to what travels.
+
+    Args:
+        tensor: Floating-point numbers of any shape, on any device.
+        wire_format: How.
+
+    Returns:
+        A tensor on the CPU (the given one where nothing is to be converted), or blocks.
+    """
+    if wire_format is not WireFormat.INT8:
+        return tensor.detach().to("cpu", _DTYPES[wire_format])
+    values = tensor.detach().to(torch.float32)
+    return Int8Blocks(_quantize(values.reshape(-1)).cpu(), tensor.shape)
+
+
+def block_bytes(count: int) -> int:
+    """Bytes of so many numbers in blocks."""
+    return count + _SCALE_BYTES * _blocks(count)
+
+
+def unpack(raw: torch.Tensor, shape: torch.Size) -> torch.Tensor:
+    """Restores a float32 tensor of this shape from blocks."""
+    count = shape.numel()
+    scales_end = _SCALE_BYTES * _blocks(count)
+    scales = raw[:scales_end].view(torch.bfloat16).to(torch.float32)
+    numbers = _in_blocks(raw[scales_end:].view(torch.int8).to(torch.float32))
+    return numbers.mul_(scales[:, None]).reshape(-1)[:count].reshape(shape)
+
+
+def _quantize(values: torch.Tensor) -> torch.Tensor:
+    count = values.numel()
+    blocks = _in_blocks(values)
+    scales = (blocks.abs().amax(dim=1) / _LEVELS).to(torch.bfloat16)
+    # A block of zeros stays one; what is not finite makes its scale so, and the other side sees it.
+    inverse = torch.where(scales == 0, 0.0, 1.0 / scales.to(torch.float32))
+    numbers = (blocks * inverse[:, None]).round_().clamp_(-_LEVELS, _LEVELS).to(torch.int8)
+    numbers = numbers.reshape(-1)[:count]
+    return torch.cat([scales.view(torch.uint8), numbers.view(torch.uint8)])
+
+
+def _in_blocks(values: torch.Tensor) -> torch.Tensor:
+    missing = -values.numel() % BLOCK
+    if missing:
+        values = torch.nn.functional.pad(values, (0, missing))
+    return values.reshape(-1, BLOCK)
+
+
+def _blocks(count: int) -> int:
+    return -(-count // BLOCK)
