@@ -55,6 +55,8 @@ class ForwardCall:
     adapter: str = ""
     """Empty is the session's own, of its terms."""
     without_adapter: bool = False
+    in_float32: bool = False
+    """Travels in float32 both ways, whatever the session's format."""
 
 
 @dataclass(frozen=True)

@@ -29,11 +29,16 @@ def random_facts() -> dict[str, Any]:
 
 def restore_random(tensors: dict[str, torch.Tensor], facts: dict[str, Any]) -> None:
     """Puts all generators where they were; CUDA's only if there are as many devices."""
-    torch.set_rng_state(tensors[_CPU])
-    cuda = [tensors[f"{_CUDA}{i}"] for i in range(len(tensors) - 1)]
-    if cuda and torch.cuda.device_count() == len(cuda):
-        torch.cuda.set_rng_state_all(cuda)
+    restore_torch(tensors)
     version, internal, gauss = facts["python"]
     random.setstate((version, tuple(internal), gauss))
     kind, keys, *rest = facts["numpy"]
     numpy.random.set_state((kind, numpy.array(keys, dtype=numpy.uint32), *rest))
+
+
+def restore_torch(tensors: dict[str, torch.Tensor]) -> None:
+    """Puts torch's generators where they were; CUDA's only if there are as many devices."""
+    torch.set_rng_state(tensors[_CPU])
+    cuda = [tensors[f"{_CUDA}{i}"] for i in range(len(tensors) - 1)]
+    if cuda and torch.cuda.device_count() == len(cuda):
+        torch.cuda.set_rng_state_all(cuda)

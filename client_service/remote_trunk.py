@@ -11,6 +11,7 @@ Dimension letters: B batch, T tokens, D model dimension.
 from __future__ import annotations
 
 import collections
+import threading
 import uuid
 import weakref
 from collections.abc import Iterator
@@ -65,9 +66,12 @@ class RemoteTrunk:
         """Of the last forward; None unless the trunk's adapter is AdaLoRA."""
         self.prefix_tokens = 0
         """Virtual tokens of prefix tuning, which each side puts before its own blocks."""
+        self.guard: Any = None
+        """The :class:`~client_service.wire_guard.WireGuard` of the model, if it has one."""
         self.saved_by_peft = False
         """Whether the model's ``save_pretrained`` joins the trunk's adapter with the client's."""
         self._dropped: collections.deque[tuple[str, str]] = collections.deque()
+        self._here = threading.local()
 
     @property
     def active(self) -> str:
@@ -108,6 +112,7 @@ class RemoteTrunk:
             return self._ask(hidden_BTD, call)
         progress = self._now
         call = replace(call, request_id=uuid.uuid4().hex, keep_graph=True, micro=progress.micro)
+        self._here.micro = progress.micro
         progress.micro += 1
         # get_peft_model() freezes every parameter it did not make, this one included.
         self.proxy.requires_grad_(self.trainable)
@@ -212,6 +217,15 @@ class RemoteTrunk:
             self.session.remove_adapter(name)
 
     @contextmanager
+    def in_float32(self) -> Iterator[None]:
+        """Repeats this thread's last training forward: in float32, with the same dropout."""
+        self._here.exact = True
+        try:
+            yield
+        finally:
+            self._here.exact = False
+
+    @contextmanager
     def without_adapter(self) -> Iterator[None]:
         """Runs the trunk's blocks as they are."""
         before, self._without_adapter = self._without_adapter, True
@@ -244,11 +258,14 @@ class RemoteTrunk:
     ) -> ForwardCall:
         # One that is frozen on the trunk has no name there.
         bare = self._without_adapter or (self._active != "" and not self._now.trainable)
+        exact = getattr(self._here, "exact", False)
         return ForwardCall(
             attention_mask,
             position_ids,
             training=training,
             step=self._now.step,
+            micro=self._here.micro if exact else 0,
+            in_float32=exact,
             adapter="" if bare else self._active,
             without_adapter=bare,
         )

@@ -30,7 +30,7 @@ from shared.errors import (
 from shared.failpoints import reach
 from shared.pb.trunkline.v1 import trunk_pb2 as pb
 from shared.wire.dtypes import from_format
-from shared.wire.formats import Packed, pack
+from shared.wire.formats import Packed, WireFormat, pack
 
 Tensors = dict[str, torch.Tensor]
 
@@ -113,7 +113,8 @@ class TrunkSession:
         if call.keep_graph and self._link.journal.quiet:
             self._shorten_journal()
         reach("client.forward.before")
-        tensors: dict[str, Packed] = {"hidden_states": pack(hidden_BTD, self.activation_format)}
+        wire_format = WireFormat.FLOAT32 if call.in_float32 else self.activation_format
+        tensors: dict[str, Packed] = {"hidden_states": pack(hidden_BTD, wire_format)}
         if call.attention_mask is not None:
             tensors["attention_mask"] = _compact(call.attention_mask)
         if call.position_ids is not None:
@@ -128,9 +129,11 @@ class TrunkSession:
             cache_ops=[_cache_op(edit) for edit in call.cache_edits],
             adapter=call.adapter,
             without_adapter=call.without_adapter,
-            answer_format=from_format(self.activation_format),
+            answer_format=from_format(wire_format),
         )
-        answer = self._ask_in_turn(pb.SessionRequest(forward=body), tensors)
+        # Other forwards are no stage of a micro-batch: nothing else computes meanwhile.
+        ask = self._ask_in_turn if call.keep_graph else self._link.ask
+        answer = ask(pb.SessionRequest(forward=body), tensors)
         reach("client.forward.after")
         output_BTD = answer.tensors["hidden_states"].to(hidden_BTD.device, hidden_BTD.dtype)
         result = answer.message.forward
@@ -161,7 +164,7 @@ class TrunkSession:
             penalty_gradient=penalty_gradient,
             answer_format=from_format(self.gradient_format),
         )
-        tensors = {"gradient": pack(gradient_BTD, self.gradient_format)}
+        tensors = {"gradient": pack(gradient_BTD, self.gradient_format, is_gradient=True)}
         answer = self._ask_in_turn(pb.SessionRequest(backward=body), tensors)
         reach("client.backward.after")
         found = answer.tensors.get("gradient")

@@ -16,6 +16,7 @@ from client_service.remote_trunk import RemoteTrunk
 from client_service.session import RECONNECT_TIMEOUT_S, TrunkSession
 from client_service.split_ends import TRUNK_ADAPTER, check_ends, train_ends
 from client_service.split_peft import LoadedAdapter, SplitPeftModelForCausalLM, read_loaded
+from client_service.wire_guard import WireGuard
 from shared.adapters.config import config_to_json
 from shared.adapters.joining import SplitShape
 from shared.adapters.plan import AdapterPlan, plan_adapter
@@ -49,6 +50,8 @@ class SplitModelForCausalLM:
         dtype: torch.dtype = torch.float32,
         wire_format: str = "float32",
         gradient_wire_format: str | None = None,
+        max_wire_drift: float | None = None,
+        wire_check_every: int = 20,
         quantize: str = "",
         fused_loss: bool = False,
         reconnect_timeout_s: float = RECONNECT_TIMEOUT_S,
@@ -71,6 +74,9 @@ class SplitModelForCausalLM:
             wire_format: How hidden states travel: ``float32``, ``bfloat16``, ``float16`` or
                 ``int8``; the last ones lose digits (docs/performance.md tells what it does).
             gradient_wire_format: How gradients travel; None is as hidden states.
+            max_wire_drift: Goes back to float32 when a training loss is further than this, in
+                relation, from what it is with float32; None does not look.
+            wire_check_every: Training forwards from one such look to the next.
             quantize: Holds the ends' base weights in ``"nf4"`` or ``"int8"`` (bitsandbytes).
             fused_loss: In training mode, makes the loss and its gradients without the logits, and
                 only where a label counts (see :mod:`client_service.fused_loss`): faster, the same
@@ -86,6 +92,7 @@ class SplitModelForCausalLM:
             ModelMismatchError: If the trunk serves another model, split or weights.
             CheckpointError: If the model cannot be read.
             AdapterError: If an adapter is refused.
+            InvalidInputError: If a wire format is unknown or a bound is not positive.
         """
         checkpoint = open_checkpoint(model)
         served = SplitRange.parse(split) if split else _served_split(trunk)
@@ -119,6 +126,8 @@ class SplitModelForCausalLM:
         remote = RemoteTrunk(TrunkSession(trunk, terms, reconnect_timeout_s=reconnect_timeout_s))
         try:
             whole: Any = with_hole(checkpoint, served, remote, dtype, dropout, quantize, fused_loss)
+            if max_wire_drift is not None:
+                remote.guard = WireGuard(whole, remote, max_wire_drift, wire_check_every)
             if plan is not None:
                 whole = wrap(whole, plan.client, seed, "client", SplitPeftModelForCausalLM)
                 remote.proxy.requires_grad_(remote.trainable)

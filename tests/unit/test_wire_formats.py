@@ -50,6 +50,28 @@ def test_a_block_does_not_feel_its_neighbours() -> None:
     assert torch.allclose(unpack(packed.raw, packed.shape)[BLOCK:], torch.ones(1), rtol=5e-3)
 
 
+def test_rounding_errors_of_a_gradient_cancel_along_the_tokens() -> None:
+    torch.manual_seed(0)
+    gradient_BTD = torch.randn(2, 200, 128) * 1e-6
+    gradient_BTD[:, 50:60] = 0.0
+    plain, fed_back = blocks(gradient_BTD), pack(gradient_BTD, WireFormat.INT8, is_gradient=True)
+    assert isinstance(fed_back, Int8Blocks) and fed_back.nbytes == plain.nbytes
+    errors = [unpack(p.raw, p.shape) - gradient_BTD for p in (plain, fed_back)]
+    sums = [float(error.sum(dim=1).abs().mean()) for error in errors]
+    assert sums[1] < sums[0] / 5, "a sum over tokens is no better for the feedback"
+    assert float(errors[1].abs().max()) < 2 * float(errors[0].abs().max())
+    whole = fed_back.raw.tolist()
+    again = pack(gradient_BTD, WireFormat.INT8, is_gradient=True)
+    assert isinstance(again, Int8Blocks) and again.raw.tolist() == whole
+
+
+def test_a_gradient_of_another_shape_is_rounded_plainly() -> None:
+    gradient = torch.randn(3, 4, 65)
+    fed_back = pack(gradient, WireFormat.INT8, is_gradient=True)
+    assert isinstance(fed_back, Int8Blocks)
+    assert torch.equal(fed_back.raw, blocks(gradient).raw)
+
+
 def test_zeros_stay_zeros_and_what_is_not_finite_stays_so() -> None:
     packed = blocks(torch.zeros(100))
     assert torch.equal(unpack(packed.raw, packed.shape), torch.zeros(100))
