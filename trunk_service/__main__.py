@@ -19,7 +19,10 @@ from shared.errors import InvalidInputError, TrunklineError
 from shared.logs import log_json
 from shared.models import SplitRange
 from trunk_service.access import open_access
+from trunk_service.joint_decoding import JointDecoding
+from trunk_service.joint_forwards import JointForwards
 from trunk_service.observation import serve_observation
+from trunk_service.offload import OffloadArea
 from trunk_service.registry import SessionRegistry, return_freed_memory
 from trunk_service.scheduler import Scheduler
 from trunk_service.server import TrunkServer
@@ -81,10 +84,16 @@ def _registry(settings: TrunkSettings) -> SessionRegistry:
     torch.set_num_threads(threads)
     dtype: torch.dtype = getattr(torch, settings.dtype)
     trunk = Trunk.load(settings.model or model_dir(), split, device, dtype, settings.quantize)
+    if settings.offload_bytes:
+        trunk.offload = OffloadArea(settings.offload_bytes, settings.offload_dir, device)
     return_freed_memory()
     workers = cores if settings.adaptive else settings.workers
     scheduler = Scheduler(workers, threads, adaptive=settings.adaptive)
-    return SessionRegistry(trunk, settings.limits(), scheduler)
+    registry = SessionRegistry(trunk, settings.limits(), scheduler)
+    if settings.batch_decoding:
+        forwards = JointForwards(JointDecoding(trunk, registry.budget), registry.metrics)
+        scheduler.join(forwards.run, settings.batch_decoding)
+    return registry
 
 
 def _announce(

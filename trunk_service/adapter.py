@@ -6,6 +6,7 @@ Dimension letters: B batch, T tokens, S tokens with those in the cache, D model 
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -27,6 +28,7 @@ from shared.seeding import keyed_generator
 from trunk_service.budget import ByteBudget
 from trunk_service.footprint import measure_footprint
 from trunk_service.gradients import GradientSlots
+from trunk_service.mixing import can_mix
 from trunk_service.optimizer_state import read_state, write_state
 from trunk_service.optimizers import OptimizerSpec, build_optimizer, update_settings
 from trunk_service.requests import AdapterRequest, ForwardRequest, StepAnswer, StepRequest
@@ -60,6 +62,9 @@ class TenantAdapter:
         self._penalty: tuple[float, int] | None = None
         self._optimizer: torch.optim.Optimizer | None = None
         self.committed = StepAnswer(0, 0.0)
+        self.mixes = can_mix(model)
+        """Whether its rows may be computed together with those of other adapters."""
+        self.on_close: list[Callable[[TenantAdapter], None]] = []
         self._list_trainable()
 
     @property
@@ -82,6 +87,11 @@ class TenantAdapter:
     def trainable_parameters(self) -> int:
         """Number of trainable numbers."""
         return sum(p.numel() for p in self.parameters)
+
+    def base_tensors(self) -> Iterator[torch.Tensor]:
+        """Weights and buffers: what a graph refers to and does not hold."""
+        yield from self.model.parameters()
+        yield from self.model.buffers()
 
     def run(
         self, request: ForwardRequest, input_BTD: torch.Tensor, past: DynamicCache | None
@@ -258,6 +268,8 @@ class TenantAdapter:
 
     def close(self) -> None:
         """Drops gradients and optimizer."""
+        while self.on_close:
+            self.on_close.pop()(self)
         self.drop_gradients()
         self._optimizer = None
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 
 from shared.errors import ResourceExhaustedError
@@ -49,6 +50,15 @@ class ByteBudget:
             if self._parent is not None:
                 self._parent.reserve(count)
             self._used += count
+
+    def try_reserve(self, count: int) -> bool:
+        """Takes ``count`` bytes if they fit; tells whether they did."""
+        if not self.fits(count):
+            return False
+        with contextlib.suppress(ResourceExhaustedError):  # another tenant may be faster
+            self.reserve(count)
+            return True
+        return False
 
     def release(self, count: int) -> None:
         """Gives ``count`` reserved bytes back."""

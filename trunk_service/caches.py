@@ -10,6 +10,7 @@ from transformers import DynamicCache, PreTrainedConfig
 
 from shared.errors import ProtocolError, ResourceExhaustedError
 from trunk_service.budget import ByteBudget
+from trunk_service.packed_rows import PackedRows, capacity
 from trunk_service.requests import CacheEdit
 
 
@@ -38,6 +39,7 @@ class KeyValueCaches:
         self._config = config
         self._budget = budget
         self._caches: dict[str, DynamicCache] = {}
+        self._packed: dict[str, PackedRows] = {}
         self._reserved: dict[str, int] = {}
         heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
         head_dim = getattr(config, "head_dim", None) or (
@@ -49,6 +51,11 @@ class KeyValueCaches:
 
     def __len__(self) -> int:
         return len(self._caches)
+
+    @property
+    def can_pack(self) -> bool:
+        """Whether every block keeps every token."""
+        return self._window is None
 
     def tokens(self, cache_id: str, edits: list[CacheEdit]) -> int:
         """Tokens in a cache once the edits are applied; 0 for a new one.
@@ -70,24 +77,34 @@ class KeyValueCaches:
             raise ProtocolError(
                 f"cache {cache_id} has {shape.rows} rows, hidden_states have {batch}"
             )
-        needed = batch * (shape.tokens + tokens) * self._token_bytes
-        extra = needed - self._reserved.get(cache_id, 0)
-        if extra > 0:
-            self._budget.reserve(extra)
-            self._reserved[cache_id] = needed
-        if cache_id not in self._caches:
-            self._caches[cache_id] = DynamicCache(config=self._config)
-            self._caches[cache_id].activate_past_recording()
-        cache = self._caches[cache_id]
-        for edit in edits:
-            _apply(cache, edit)
-        if extra < 0:
-            self._budget.release(-extra)
-            self._reserved[cache_id] = needed
-        return cache
+        return self._open(cache_id, edits, batch * (shape.tokens + tokens) * self._token_bytes)
+
+    def pack(self, cache_id: str, edits: list[CacheEdit], batch: int) -> PackedRows | None:
+        """Reserves room for one more token, applies the edits and returns the cache, packed.
+
+        Returns:
+            The rows, to be appended one token; None if the cache has no tokens yet or other rows
+            than the batch.
+
+        Raises:
+            ProtocolError: If an edit does not fit the cache.
+            ResourceExhaustedError: If the budget is spent; nothing was changed.
+        """
+        shape = self._shape_after(cache_id, edits)
+        if not shape.tokens or shape.rows != batch:
+            return None
+        needed = batch * capacity(shape.tokens + 1) * self._token_bytes
+        if edits or cache_id not in self._packed:
+            self._packed[cache_id] = PackedRows(self._open(cache_id, edits, needed))
+        else:
+            self._reserve(cache_id, needed)
+        self._packed[cache_id].make_room()
+        return self._packed[cache_id]
 
     def drop(self, cache_id: str) -> None:
         """Frees a cache; one that is not there is ignored."""
+        if (packed := self._packed.pop(cache_id, None)) is not None:
+            packed.leave()
         self._caches.pop(cache_id, None)
         self._budget.release(self._reserved.pop(cache_id, 0))
 
@@ -96,8 +113,35 @@ class KeyValueCaches:
         for cache_id in list(self._reserved):
             self.drop(cache_id)
 
+    def _open(self, cache_id: str, edits: list[CacheEdit], needed: int) -> DynamicCache:
+        """Reserves so many bytes in all, then applies the edits."""
+        held = self._reserved.get(cache_id, 0)
+        self._reserve(cache_id, max(needed, held))
+        if (packed := self._packed.pop(cache_id, None)) is not None:
+            packed.unpack()
+        if cache_id not in self._caches:
+            self._caches[cache_id] = DynamicCache(config=self._config)
+            self._caches[cache_id].activate_past_recording()
+        cache = self._caches[cache_id]
+        for edit in edits:
+            _apply(cache, edit)
+        self._reserve(cache_id, needed)
+        return cache
+
+    def _reserve(self, cache_id: str, needed: int) -> None:
+        """Reserves so many bytes for a cache, or gives back what it has more."""
+        extra = needed - self._reserved.get(cache_id, 0)
+        if extra > 0:
+            self._budget.reserve(extra)
+        else:
+            self._budget.release(-extra)
+        self._reserved[cache_id] = needed
+
     def _shape_after(self, cache_id: str, edits: list[CacheEdit]) -> _Shape:
-        shape = _shape(self._caches.get(cache_id))
+        if (packed := self._packed.get(cache_id)) is not None:
+            shape = _Shape(packed.rows, packed.tokens, packed.tokens)
+        else:
+            shape = _shape(self._caches.get(cache_id))
         for edit in edits:
             shape = _edited_shape(cache_id, edit, shape, self._window)
             needed = shape.rows * shape.tokens * self._token_bytes

@@ -16,6 +16,7 @@ from shared.pb.trunkline.v1 import trunk_pb2 as pb
 from shared.wire.error_codes import short, to_message
 from trunk_service.answers import Answer
 from trunk_service.handlers import HANDLERS
+from trunk_service.joint_forwards import joint_forward
 from trunk_service.metrics import TrunkMetrics
 from trunk_service.registry import OpenSession
 from trunk_service.scheduler import Scheduler
@@ -52,6 +53,9 @@ class Execution:
         assert kind is not None
         owner, body, handler = session.owner, getattr(message, kind), HANDLERS[kind]
         started = time.monotonic()
+        joint = None
+        if kind == "forward":
+            joint = joint_forward(session, body, tensors, self._scheduler.max_joint_rows)
 
         def work() -> Answer:
             nonlocal started
@@ -64,11 +68,14 @@ class Execution:
 
         owner.enter_request()
         try:
-            submitted = self._scheduler.submit(owner.tenant, session.session_id, work)
+            submitted = self._scheduler.submit(owner.tenant, session.session_id, work, joint=joint)
             response, sent = await self.guard(kind, asyncio.wrap_future(submitted))
         finally:
             owner.leave_request()
-        self.metrics.request_done(owner.tenant, kind, "OK", time.monotonic() - started)
+        computed_s = time.monotonic() - started
+        if joint is not None and joint.item.computed_s:
+            computed_s = joint.item.computed_s
+        self.metrics.request_done(owner.tenant, kind, "OK", computed_s)
         if kind == "step":
             self.metrics.step(owner.tenant)
         response.id = message.id

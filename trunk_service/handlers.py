@@ -10,13 +10,18 @@ import torch
 from shared.pb.trunkline.v1 import trunk_pb2 as pb
 from shared.wire.formats import Packed
 from trunk_service import translate
+from trunk_service.requests import ForwardAnswer
 from trunk_service.session import TenantSession
 
 Answer = tuple[pb.SessionResponse, Mapping[str, Packed]]
 
 
 def _forward(tenant: TenantSession, body: pb.Forward, tensors: translate.Tensors) -> Answer:
-    answer = tenant.forward(translate.forward_request(body, tensors))
+    return forward_answer(tenant.forward(translate.forward_request(body, tensors)))
+
+
+def forward_answer(answer: ForwardAnswer) -> Answer:
+    """The message that answers a forward, and its tensors."""
     response = pb.SessionResponse(forward=translate.forward_result(answer))
     return response, {"hidden_states": answer.hidden_BTD}
 

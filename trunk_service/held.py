@@ -9,46 +9,47 @@ from dataclasses import dataclass, fields
 import torch
 
 from shared.errors import ReusedRequestError, UnknownRequestError
-from trunk_service.budget import ByteBudget
 from trunk_service.requests import ForwardRequest, HeldMode
+from trunk_service.room import Room
 
 
 @dataclass
 class HeldRequest:
     """The state of one forward.
 
-    ``output`` is the end of the retained graph, or None when backward recomputes it from
-    ``request``.
+    ``output`` is the end of the graph, or None when backward recomputes it from ``request``.
     """
 
     request: ForwardRequest
     input_BTD: torch.Tensor
     output_BTD: torch.Tensor | None
-    reserved_bytes: int
+    room: Room
     expires_at: float
 
     @property
     def mode(self) -> HeldMode:
         """How it is held."""
-        return HeldMode.RECOMPUTED if self.output_BTD is None else HeldMode.RETAINED
+        return HeldMode.RECOMPUTED if self.output_BTD is None else self.room.mode
+
+    def give_up_graph(self) -> None:
+        """Lets go of the graph: it may be half used up. What it was made of is still there."""
+        self.output_BTD = None
+        self.room.give_up_graph()
 
 
 class HeldRequests:
     """Held state of one session, by request id.
 
     Args:
-        budget: The session's byte budget.
         lease_s: Seconds until state that nobody asks for is freed.
         clock: Monotonic seconds.
     """
 
     def __init__(
         self,
-        budget: ByteBudget,
         lease_s: float,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._budget = budget
         self._lease_s = lease_s
         self._clock = clock
         self._held: dict[str, HeldRequest] = {}
@@ -86,11 +87,11 @@ class HeldRequests:
         request: ForwardRequest,
         input_BTD: torch.Tensor,
         output_BTD: torch.Tensor | None,
-        reserved_bytes: int,
+        room: Room,
     ) -> HeldRequest:
-        """Keeps a forward whose bytes are already reserved."""
+        """Keeps a forward that there is room for."""
         expires_at = self._clock() + self._lease_s
-        held = HeldRequest(request, input_BTD, output_BTD, reserved_bytes, expires_at)
+        held = HeldRequest(request, input_BTD, output_BTD, room, expires_at)
         self._held[request.request_id] = held
         self._used.add(request.request_id)
         return held
@@ -114,7 +115,7 @@ class HeldRequests:
         """Frees the state of a forward; one that is not there is ignored."""
         held = self._held.pop(request_id, None)
         if held is not None:
-            self._budget.release(held.reserved_bytes)
+            held.room.close()
 
     def drop_all(self) -> None:
         """Frees everything."""

@@ -91,6 +91,11 @@ class TrunkMetrics:
         self._resumes = self._counter(
             "trunkline_resumes_total", "Sessions that went on on a new connection.", "tenant"
         )
+        self._batched = self._counter(
+            "trunkline_batched_rows_total",
+            "Rows of forwards that were computed together with other sessions'.",
+            "tenant",
+        )
         self._bytes = self._counter(
             "trunkline_bytes_total", "Bytes of frames.", "direction", "tenant"
         )
@@ -134,6 +139,10 @@ class TrunkMetrics:
     def step(self, tenant: str) -> None:
         """Counts an optimizer step."""
         self._steps.labels(tenant).inc()
+
+    def batched(self, tenant: str, rows: int) -> None:
+        """Counts rows that were computed together with those of other sessions."""
+        self._batched.labels(tenant).inc(rows)
 
     def replayed(self, tenant: str) -> None:
         """Counts an answer that was given again."""

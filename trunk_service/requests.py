@@ -79,6 +79,8 @@ class HeldMode(Enum):
     """The autograd graph."""
     RECOMPUTED = "recomputed"
     """The boundary activation; the graph is made again in backward."""
+    OFFLOADED = "offloaded"
+    """The autograd graph, its tensors elsewhere than in the memory that computes."""
 
 
 @dataclass(frozen=True)

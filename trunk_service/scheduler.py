@@ -12,6 +12,9 @@ The number of threads a task computes with changes the order of floating-point s
 number of workers it never changes, and a tenant's numbers do not depend on who else is served.
 ``adaptive`` gives that up for throughput: a lone session gets all threads, and when several wait,
 each runs on one.
+
+Tasks that may be done together (:class:`Joint`) are taken together from several sessions, as far as
+their heads of line are such, and the time is shared out by their rows.
 """
 
 from __future__ import annotations
@@ -19,7 +22,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import OrderedDict, deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -27,10 +30,24 @@ from typing import Any, TypeVar
 import torch
 
 from shared.errors import DrainingError, ResourceExhaustedError
+from trunk_service.returns import Returns
 
 T = TypeVar("T")
 
 OnDone = Callable[[str, float, float], None]
+
+
+@dataclass(frozen=True)
+class Joint:
+    """What makes a task one that may be done together with those of other sessions."""
+
+    rows: int
+    item: Any
+    """Is given to :data:`Together` with those of the others."""
+
+
+Together = Callable[[Sequence[Any]], Sequence[Callable[[], Any]]]
+"""Does several tasks, given their items; returns for each what gives its result, or raises."""
 
 
 @dataclass
@@ -38,7 +55,17 @@ class _Task:
     work: Callable[[], Any]
     future: Future[Any]
     queued_at: float
+    joint: Joint | None = None
     taken_at: float = 0.0
+    share: float = 1.0
+    """Of the time it runs, what it is counted for."""
+
+
+@dataclass
+class _Taken:
+    tenant: str
+    session: str
+    task: _Task
 
 
 @dataclass
@@ -56,10 +83,14 @@ class _Tenant:
 
     def used_by(self, now: float) -> float:
         """Seconds used up to now, by what still runs too."""
-        return self.used_s + sum(now - task.taken_at for task in self.running.values())
+        return self.used_s + sum((now - t.taken_at) * t.share for t in self.running.values())
 
-    def next_session(self) -> str | None:
-        return next((s for s in self.queues if s not in self.running), None)
+    def next_session(self, without_joint: bool) -> str | None:
+        """Whose turn it is; perhaps without those whose next task is a joint one."""
+        for session, queue in self.queues.items():
+            if session not in self.running and not (without_joint and queue[0].joint):
+                return session
+        return None
 
 
 class Scheduler:
@@ -91,6 +122,11 @@ class Scheduler:
         self._stopping = False
         self._completed = 0
         self._on_done: OnDone | None = None
+        self._together: Together | None = None
+        self._max_rows = 0
+        self._joining = False
+        """Whether tasks are being done together: the next ones that could be wait for that."""
+        self._returns = Returns()
         self._changed = threading.Condition()
         self._workers = [
             threading.Thread(target=self._work, name=f"compute-{i}", daemon=True)
@@ -99,8 +135,27 @@ class Scheduler:
         for worker in self._workers:
             worker.start()
 
+    def join(self, together: Together, max_rows: int) -> None:
+        """Does joint tasks together from now on.
+
+        Args:
+            together: What does it, on one compute thread at a time.
+            max_rows: Of all tasks that are done at once.
+        """
+        self._together, self._max_rows = together, max_rows
+
+    @property
+    def max_joint_rows(self) -> int:
+        """Most rows of joint tasks done at once; 0 when none are."""
+        return self._max_rows
+
     def submit(
-        self, tenant: str, session: str, work: Callable[[], T], over_limit: bool = False
+        self,
+        tenant: str,
+        session: str,
+        work: Callable[[], T],
+        over_limit: bool = False,
+        joint: Joint | None = None,
     ) -> Future[T]:
         """Queues a task behind the session's earlier ones.
 
@@ -109,12 +164,13 @@ class Scheduler:
             session: Whose earlier tasks come first.
             work: Runs on a compute thread.
             over_limit: Queue it however many wait: for freeing, which must not be refused.
+            joint: Given if it may be done together with others instead of by ``work``.
 
         Raises:
             ResourceExhaustedError: If too many tasks of this session wait already.
             DrainingError: If the scheduler is stopping.
         """
-        task = _Task(work, Future(), self._clock())
+        task = _Task(work, Future(), self._clock(), joint)
         with self._changed:
             if self._stopping:
                 raise DrainingError("the trunk is shutting down")
@@ -125,6 +181,7 @@ class Scheduler:
                     f"{waiting} requests of this session wait already", retry_after_s=0.5
                 )
             self._enter(tenant).queues.setdefault(session, deque()).append(task)
+            self._returns.came(session, task.queued_at)
             self._changed.notify()
         return task.future
 
@@ -167,37 +224,85 @@ class Scheduler:
 
     def _work(self) -> None:
         torch.set_num_threads(self._threads_per_worker)
-        while (taken := self._take()) is not None:
-            tenant, session, task, threads = taken
+        while (found := self._take()) is not None:
+            taken, threads = found
             if self._adaptive:
                 torch.set_num_threads(threads)
-            ran = _run(task)
+            ran = self._run([one.task for one in taken])
             with self._changed:
-                computed_s = self._leave(tenant, session)
-                self._completed += 1
+                computed_s = [self._leave(one) for one in taken]
+                self._completed += len(taken)
                 self._changed.notify_all()
-            if ran and self._on_done is not None:
-                self._on_done(tenant, task.taken_at - task.queued_at, computed_s)
-            del taken, task  # and its tensors, while nothing else is to be done
+            if self._on_done is not None:
+                for one, did, seconds in zip(taken, ran, computed_s, strict=True):
+                    if did:
+                        waited_s = one.task.taken_at - one.task.queued_at
+                        self._on_done(one.tenant, waited_s, seconds)
+                    del one
+            del found, taken  # and its tensors, while nothing else is to be done
 
-    def _take(self) -> tuple[str, str, _Task, int] | None:
-        """Waits for a task whose session is not being served; None when stopping."""
+    def _take(self) -> tuple[list[_Taken], int] | None:
+        """Waits for tasks whose sessions are not being served; None when stopping.
+
+        Returns:
+            Tasks to do together, or one, and the threads to do it with when those vary.
+        """
         with self._changed:
             while True:
                 now = self._clock()
-                ready = [
-                    (tenant.used_by(now), place, name, session)
-                    for place, (name, tenant) in enumerate(self._tenants.items())
-                    if (session := tenant.next_session()) is not None
-                ]
+                wait_s = self._returns.wait_s(now) if self._can_wait else 0.0
+                ready = self._ready(now, without_joint=self._joining or wait_s > 0)
                 if ready:
-                    _, _, name, session = min(ready)
-                    return name, session, *self._take_from(name, session, now)
+                    first = self._take_from(*ready[0], now)
+                    taken = [first, *self._others(first, now)]
+                    alone = self._sessions == len(taken)
+                    return taken, self._threads_per_worker if alone else 1
                 if self._stopping and not any(t.queues for t in self._tenants.values()):
                     return None
-                self._changed.wait()
+                self._changed.wait(wait_s or None)
 
-    def _take_from(self, name: str, session: str, now: float) -> tuple[_Task, int]:
+    def _ready(self, now: float, without_joint: bool) -> list[tuple[str, str]]:
+        """Tenants whose turn it could be, the least served first, each with its next session."""
+        ready = [
+            (tenant.used_by(now), place, name, session)
+            for place, (name, tenant) in enumerate(self._tenants.items())
+            if (session := tenant.next_session(without_joint)) is not None
+        ]
+        return [(name, session) for _, _, name, session in sorted(ready)]
+
+    @property
+    def _can_wait(self) -> bool:
+        """Whether a joint task waits that others could still be done with."""
+        waiting = self._waiting_joints()
+        rows = sum(task.joint.rows for _, _, task in waiting if task.joint is not None)
+        return bool(waiting) and not self._stopping and rows < self._max_rows
+
+    def _waiting_joints(self) -> list[tuple[str, str, _Task]]:
+        return [
+            (name, session, queue[0])
+            for name, tenant in self._tenants.items()
+            for session, queue in tenant.queues.items()
+            if queue[0].joint is not None and session not in tenant.running
+        ]
+
+    def _others(self, first: _Taken, now: float) -> list[_Taken]:
+        """Takes what can be done together with a task, of the least served tenants first."""
+        if first.task.joint is None or self._together is None:
+            return []
+        rows, others = first.task.joint.rows, list[_Taken]()
+        used = {name: tenant.used_by(now) for name, tenant in self._tenants.items()}
+        for name, session, task in sorted(self._waiting_joints(), key=lambda w: used[w[0]]):
+            assert task.joint is not None
+            if rows + task.joint.rows <= self._max_rows:
+                rows += task.joint.rows
+                others.append(self._take_from(name, session, now))
+        for one in (first, *others) if others else ():
+            assert one.task.joint is not None
+            one.task.share = one.task.joint.rows / rows
+            self._joining = True
+        return others
+
+    def _take_from(self, name: str, session: str, now: float) -> _Taken:
         tenant = self._tenants[name]
         self._tenants.move_to_end(name)
         queue = tenant.queues.pop(session)
@@ -206,17 +311,29 @@ class Scheduler:
             tenant.queues[session] = queue  # at the end: the other sessions' turn comes first
         task.taken_at = now
         tenant.running[session] = task
-        return task, self._threads_per_worker if self._alone else 1
+        return _Taken(name, session, task)
+
+    def _run(self, tasks: list[_Task]) -> list[bool]:
+        """Runs tasks; tells of each whether it did, since one that was cancelled does not."""
+        if len(tasks) == 1:
+            return [_run(tasks[0])]
+        started = [task.future.set_running_or_notify_cancel() for task in tasks]
+        live = [task for task, runs in zip(tasks, started, strict=True) if runs]
+        assert self._together is not None
+        try:
+            results = self._together([task.joint.item for task in live if task.joint])
+        except BaseException as error:
+            for task in live:
+                task.future.set_exception(error)
+        else:
+            for task, result in zip(live, results, strict=True):
+                _settle(task.future, result)
+        return started
 
     @property
-    def _alone(self) -> bool:
-        """Whether one session runs and no other waits."""
-        sessions = {
-            (name, session)
-            for name, tenant in self._tenants.items()
-            for session in (*tenant.queues, *tenant.running)
-        }
-        return len(sessions) == 1
+    def _sessions(self) -> int:
+        """How many run or wait."""
+        return sum(len({*t.queues, *t.running}) for t in self._tenants.values())
 
     def _enter(self, name: str) -> _Tenant:
         """The tenant, whose compute time is no less than that of those who are being served."""
@@ -226,12 +343,16 @@ class Scheduler:
             tenant.used_s = max(tenant.used_s, self._floor_s)
         return tenant
 
-    def _leave(self, name: str, session: str) -> float:
+    def _leave(self, one: _Taken) -> float:
         """Counts the time of a task that has ended; returns it."""
-        now, tenant = self._clock(), self._tenants[name]
+        now, tenant = self._clock(), self._tenants[one.tenant]
         self._raise_floor(now)
-        computed_s = now - tenant.running.pop(session).taken_at
+        took_s = now - tenant.running.pop(one.session).taken_at
+        computed_s = took_s * one.task.share
         tenant.used_s += computed_s
+        if one.task.joint is not None:
+            self._joining = self._joining and one.task.share == 1.0
+            self._returns.answered(one.session, now, took_s)
         for other in [n for n, t in self._tenants.items() if not t.active]:
             # It would come back at the floor, so that nothing is lost with it.
             if self._tenants[other].used_s <= self._floor_s:
@@ -244,13 +365,16 @@ class Scheduler:
 
 
 def _run(task: _Task) -> bool:
-    """Runs a task; tells whether it did, since one that was cancelled does not."""
     if not task.future.set_running_or_notify_cancel():
         return False
-    try:
-        result = task.work()
-    except BaseException as error:
-        task.future.set_exception(error)
-    else:
-        task.future.set_result(result)
+    _settle(task.future, task.work)
     return True
+
+
+def _settle(future: Future[Any], work: Callable[[], Any]) -> None:
+    try:
+        result = work()
+    except BaseException as error:
+        future.set_exception(error)
+    else:
+        future.set_result(result)

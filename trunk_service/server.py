@@ -26,7 +26,7 @@ _FAREWELL_S = 10.0  # how long the streams may take to end
 _LIVENESS = ("", "liveness")
 _READINESS = ("readiness", SERVICE_NAME)
 
-_OPTIONS = [
+SERVER_OPTIONS = [
     ("grpc.max_receive_message_length", MAX_FRAME_BYTES),
     ("grpc.max_send_message_length", MAX_FRAME_BYTES),
     # Two daemons on one port would share its connections at random.
@@ -64,7 +64,7 @@ class TrunkServer:
         self._registry, self._credentials = registry, credentials
         self._servicer = TrunkServicer(registry, authenticator)
         self._health = health.aio.HealthServicer()
-        self._server = grpc.aio.server(options=_OPTIONS)
+        self._server = grpc.aio.server(options=SERVER_OPTIONS)
         self._server.add_generic_rpc_handlers((self._servicer.handler(),))
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         if with_reflection:

@@ -7,12 +7,12 @@ Dimension letters: B batch, T tokens, D model dimension.
 
 from __future__ import annotations
 
-import contextlib
+import logging
 from dataclasses import replace
 
 import torch
 
-from shared.errors import AdapterError, ProtocolError, ResourceExhaustedError, TensorError
+from shared.errors import AdapterError, ProtocolError, TensorError
 from shared.wire.formats import Packed, WireFormat, pack
 from trunk_service.adapter import TenantAdapter
 from trunk_service.adapters import SessionAdapters
@@ -20,6 +20,7 @@ from trunk_service.budget import ByteBudget
 from trunk_service.caches import KeyValueCaches
 from trunk_service.held import HeldRequest, HeldRequests
 from trunk_service.limits import Limits
+from trunk_service.packed_rows import PackedRows
 from trunk_service.quotas import TenantQuota
 from trunk_service.requests import (
     AdapterRequest,
@@ -27,13 +28,18 @@ from trunk_service.requests import (
     BackwardRequest,
     ForwardAnswer,
     ForwardRequest,
+    HeldMode,
     OpenRequest,
     RestoreRequest,
     StepAnswer,
     StepRequest,
 )
+from trunk_service.room import Room
+from trunk_service.transfer import to_device, to_host
 from trunk_service.trunk import Trunk
 from trunk_service.validation import check_forward, check_values
+
+logger = logging.getLogger(__name__)
 
 
 class TenantSession:
@@ -57,7 +63,7 @@ class TenantSession:
         self._trunk, self._terms, self._limits = trunk, request, limits
         self.budget = ByteBudget(limits.session_held_bytes, "session's held-state", quota.budget)
         self.adapters = SessionAdapters(trunk, limits, self.budget, quota, request.dropout)
-        self.held = HeldRequests(self.budget, limits.held_lease_s)
+        self.held = HeldRequests(limits.held_lease_s)
         self.caches = KeyValueCaches(trunk.config, trunk.info.dtype.itemsize, self.budget)
         # Last: what it reserves is given back by close() alone.
         self.adapters.add(AdapterRequest("", request.peft_config_json, request.seed))
@@ -88,18 +94,7 @@ class TenantSession:
             raise ProtocolError("a forward keeps a graph or uses a cache, not both")
         if request.keep_graph and not request.request_id:
             raise ProtocolError("a forward that keeps a graph needs a request id")
-        adapter = self._adapter_of(request)
-        cached = 0
-        if request.cache_id:
-            cached = self.caches.tokens(request.cache_id, request.cache_edits)
-            cached = max(0, cached - adapter.virtual_tokens)
-        check_forward(
-            request,
-            self._trunk.info,
-            self._limits.max_tokens_per_request,
-            cached,
-            adapter.virtual_tokens,
-        )
+        adapter = self._checked(request)
         if request.keep_graph:
             answer = self._forward_held(adapter, request)
         else:
@@ -108,6 +103,33 @@ class TenantSession:
             answer = ForwardAnswer(self._to_wire(output_BTD, request.answer_format))
         penalty, terms = adapter.penalty()
         return replace(answer, penalty=penalty, penalty_terms=terms)
+
+    def joins(self, adapter: str, without_adapter: bool) -> bool:
+        """Whether forwards with this adapter may be computed together with other sessions'."""
+        known = None if without_adapter else dict(self.adapters.items()).get(adapter)
+        return self.caches.can_pack and (without_adapter or (known is not None and known.mixes))
+
+    def begin_decoding(
+        self, request: ForwardRequest
+    ) -> tuple[TenantAdapter, torch.Tensor, PackedRows] | None:
+        """Makes a forward of one cached token ready to be computed together with others'.
+
+        Returns:
+            The adapter, the hidden states [B, 1, D] and the cache's rows, with room for the token
+            and all edits done; None if it has to be computed alone.
+
+        Raises:
+            TrunklineError: As :meth:`forward`; nothing was changed.
+        """
+        if not self.joins(request.adapter, request.without_adapter):
+            return None
+        adapter = self._checked(request)
+        rows = self.caches.pack(request.cache_id, request.cache_edits, request.hidden_BTD.shape[0])
+        return None if rows is None else (adapter, self._input(request), rows)
+
+    def end_decoding(self, request: ForwardRequest, output_BTD: torch.Tensor) -> ForwardAnswer:
+        """The answer of a forward that was computed together with others'."""
+        return ForwardAnswer(self._to_wire(output_BTD, request.answer_format))
 
     def backward(self, request: BackwardRequest) -> BackwardAnswer:
         """Carries a gradient back through a held forward and keeps the adapter's gradient.
@@ -135,14 +157,13 @@ class TenantSession:
             input_gradient = self._backward_held(adapter, held, request)
         except BaseException:
             adapter.give_back_gradients(reserved)
-            # The graph may be half used up; what it was made of is still there.
-            held.output_BTD = None
+            held.give_up_graph()
             raise
         self.held.drop(request.request_id)
         wanted = request.need_input_gradient and input_gradient is not None
         answer = None
         if wanted and input_gradient is not None:
-            answer = self._to_wire(input_gradient, request.answer_format)
+            answer = self._to_wire(input_gradient, request.answer_format, is_gradient=True)
         return BackwardAnswer(answer, adapter.gradients.norm())
 
     def step(self, request: StepRequest) -> StepAnswer:
@@ -202,6 +223,22 @@ class TenantSession:
         self.caches.drop_all()
         self.adapters.close()
 
+    def _checked(self, request: ForwardRequest) -> TenantAdapter:
+        """The adapter of a forward whose tensors and edits are acceptable."""
+        adapter = self._adapter_of(request)
+        cached = 0
+        if request.cache_id:
+            cached = self.caches.tokens(request.cache_id, request.cache_edits)
+            cached = max(0, cached - adapter.virtual_tokens)
+        check_forward(
+            request,
+            self._trunk.info,
+            self._limits.max_tokens_per_request,
+            cached,
+            adapter.virtual_tokens,
+        )
+        return adapter
+
     def _adapter_of(self, request: ForwardRequest) -> TenantAdapter:
         return (
             self.adapters.bare() if request.without_adapter else self.adapters.get(request.adapter)
@@ -211,21 +248,25 @@ class TenantSession:
         if (same := self.held.same(request)) is not None:
             output_BTD = self._output_again(adapter, same)
             answer = self._to_wire(output_BTD, request.answer_format)
-            return ForwardAnswer(answer, same.mode, same.reserved_bytes)
+            return ForwardAnswer(answer, same.mode, same.room.reserved_bytes)
         self.held.check_new(request.request_id)
-        retain, reserved = self._reserve(adapter, request)
+        boundary = request.hidden_BTD.nbytes
+        batch, tokens, _ = request.hidden_BTD.shape
+        graph = adapter.footprint.graph_bytes(batch, tokens)
+        room = Room(self.budget, graph, boundary, self._trunk.offload)
         try:
             input_BTD = self._input(request)
-            if retain:
+            if room.keeps_graph:
                 input_BTD.requires_grad_(True)
-            with torch.set_grad_enabled(retain):
+            with torch.set_grad_enabled(room.keeps_graph), room.catch(adapter.base_tensors()):
                 output_BTD = self._run(adapter, request, input_BTD)
+            answer = self._to_wire(output_BTD, request.answer_format)
+            room.settle()
         except BaseException:
-            self.budget.release(reserved)
+            room.close()
             raise
-        held = self.held.add(request, input_BTD, output_BTD if retain else None, reserved)
-        answer = self._to_wire(output_BTD, request.answer_format)
-        return ForwardAnswer(answer, held.mode, reserved)
+        held = self.held.add(request, input_BTD, output_BTD if room.keeps_graph else None, room)
+        return ForwardAnswer(answer, held.mode, room.reserved_bytes)
 
     def _output_again(self, adapter: TenantAdapter, held: HeldRequest) -> torch.Tensor:
         if held.output_BTD is not None:
@@ -233,33 +274,34 @@ class TenantSession:
         with torch.no_grad():
             return self._run(adapter, held.request, held.input_BTD)
 
-    def _reserve(self, adapter: TenantAdapter, request: ForwardRequest) -> tuple[bool, int]:
-        """Reserves the graph's bytes, or at least the boundary's; tells whether to retain."""
-        batch, tokens, _ = request.hidden_BTD.shape
-        boundary = request.hidden_BTD.nbytes
-        graph = boundary + adapter.footprint.graph_bytes(batch, tokens)
-        if self.budget.fits(graph):
-            with contextlib.suppress(ResourceExhaustedError):  # another tenant may be faster
-                self.budget.reserve(graph)
-                return True, graph
-        self.budget.reserve(boundary)
-        return False, boundary
-
     def _backward_held(
         self, adapter: TenantAdapter, held: HeldRequest, request: BackwardRequest
     ) -> torch.Tensor | None:
+        try:
+            found = self._gradients(adapter, held, request)
+        except OSError as error:
+            if held.mode is not HeldMode.OFFLOADED:
+                raise
+            logger.warning("an offloaded graph is computed again: %s", error)
+            held.give_up_graph()
+            found = self._gradients(adapter, held, request)
+        if adapter.parameters:
+            micro = held.request.micro
+            adapter.assign_gradients(micro, list(found[1:]), request.penalty_gradient)
+        return found[0]
+
+    def _gradients(
+        self, adapter: TenantAdapter, held: HeldRequest, request: BackwardRequest
+    ) -> tuple[torch.Tensor | None, ...]:
+        """With respect to the input, and to each of the adapter's parameters."""
         output_BTD = held.output_BTD
         if output_BTD is None:
             held.input_BTD.requires_grad_(True)
             with torch.enable_grad():
                 output_BTD = self._run(adapter, held.request, held.input_BTD)
         inputs = [held.input_BTD, *adapter.parameters]
-        gradient_BTD = request.gradient_BTD.to(self._trunk.device, output_BTD.dtype)
-        found = torch.autograd.grad(output_BTD, inputs, gradient_BTD, allow_unused=True)
-        if adapter.parameters:
-            micro = held.request.micro
-            adapter.assign_gradients(micro, list(found[1:]), request.penalty_gradient)
-        return found[0]
+        gradient_BTD = to_device(request.gradient_BTD, self._trunk.device, output_BTD.dtype)
+        return torch.autograd.grad(output_BTD, inputs, gradient_BTD, allow_unused=True)
 
     def _run(
         self, adapter: TenantAdapter, request: ForwardRequest, input_BTD: torch.Tensor
@@ -273,7 +315,9 @@ class TenantSession:
         return adapter.run(request, input_BTD, past)
 
     def _input(self, request: ForwardRequest) -> torch.Tensor:
-        return request.hidden_BTD.to(self._trunk.device, self._trunk.info.dtype)
+        return to_device(request.hidden_BTD, self._trunk.device, self._trunk.info.dtype)
 
-    def _to_wire(self, tensor: torch.Tensor, wire_format: WireFormat | None) -> Packed:
-        return pack(tensor, wire_format or self._terms.wire_format)
+    def _to_wire(
+        self, tensor: torch.Tensor, wire_format: WireFormat | None, is_gradient: bool = False
+    ) -> Packed:
+        return pack(tensor, wire_format or self._terms.wire_format, is_gradient, to_host)

@@ -59,6 +59,8 @@ class TrunkSettings(BaseSettings):
     """Threads torch uses inside one request; 0 takes all cores, shared among the workers."""
     adaptive: bool = False
     """Vary threads with the load: faster for many tenants, no longer bitwise reproducible."""
+    batch_decoding: int = Field(default=0, ge=0)
+    """Most rows of all sessions that generate computed as one batch; 0 computes each alone."""
     ready_file: Path | None = None
     """Receives JSON with the address once the daemon serves."""
     metrics: str = ""
@@ -85,6 +87,10 @@ class TrunkSettings(BaseSettings):
     """Autograd state and caches of all sessions."""
     session_held_bytes: int = Field(default=_LIMITS.session_held_bytes, ge=1)
     """Autograd state and caches of one session."""
+    offload_bytes: int = Field(default=0, ge=0)
+    """Autograd state kept elsewhere when it does not fit: in --offload-dir, or pinned memory."""
+    offload_dir: Path | None = None
+    """Folder for nameless files of offloaded state; needed on a CPU."""
     max_sessions: int = Field(default=_LIMITS.max_sessions, ge=1)
     """Most sessions at once."""
     tenant_held_bytes: int = Field(default=_LIMITS.tenant_held_bytes, ge=1)

@@ -20,6 +20,7 @@ from shared.models.digest import weight_digest
 from shared.models.dropout import set_dropout
 from shared.models.quantization import check_kind, quantize, shared_tensors
 from trunk_service.limits import Limits
+from trunk_service.offload import OffloadArea
 from trunk_service.requests import AdapterRequest, OpenRequest
 
 
@@ -47,6 +48,8 @@ class Trunk:
 
     def __init__(self, part: Any, info: TrunkInfo) -> None:
         self.info = info
+        self.offload: OffloadArea | None = None
+        """Where held graphs may rest that do not fit into the memory."""
         self._part = part.requires_grad_(False).eval()
 
     @classmethod

@@ -15,6 +15,7 @@ loses.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
 
@@ -74,19 +75,25 @@ class Int8Blocks:
 Packed = torch.Tensor | Int8Blocks
 
 
-def pack(tensor: torch.Tensor, wire_format: WireFormat, is_gradient: bool = False) -> Packed:
+def pack(
+    tensor: torch.Tensor,
+    wire_format: WireFormat,
+    is_gradient: bool = False,
+    to_host: Callable[[torch.Tensor], torch.Tensor] = torch.Tensor.cpu,
+) -> Packed:
     """Converts a tensor to what travels.
 
     Args:
         tensor: Floating-point numbers of any shape, on any device.
         wire_format: How.
         is_gradient: Of hidden states, [B, T, D]: blocks are rounded with error feedback.
+        to_host: Brings a tensor to the CPU.
 
     Returns:
         A tensor on the CPU (the given one where nothing is to be converted), or blocks.
     """
     if wire_format is not WireFormat.INT8:
-        return tensor.detach().to("cpu", _DTYPES[wire_format])
+        return to_host(tensor.detach().to(_DTYPES[wire_format]))
     values = tensor.detach().to(torch.float32)
     blocks = _in_blocks(values.reshape(-1))
     scales = (blocks.abs().amax(dim=1) / _LEVELS).to(torch.bfloat16)
@@ -98,7 +105,7 @@ def pack(tensor: torch.Tensor, wire_format: WireFormat, is_gradient: bool = Fals
         numbers = _levels(blocks * inverse[:, None])
     numbers = numbers.reshape(-1)[: values.numel()]
     raw = torch.cat([scales.view(torch.uint8), numbers.view(torch.uint8)])
-    return Int8Blocks(raw.cpu(), tensor.shape)
+    return Int8Blocks(to_host(raw), tensor.shape)
 
 
 def block_bytes(count: int) -> int:

@@ -13,6 +13,7 @@ from trunk_service.budget import ByteBudget
 from trunk_service.gradients import GradientSlots
 from trunk_service.held import HeldRequests
 from trunk_service.requests import ForwardRequest
+from trunk_service.room import Room
 from trunk_service.scheduler import Scheduler
 
 
@@ -214,10 +215,10 @@ def test_a_budget_counts_against_its_parent() -> None:
 def test_held_state_expires_and_gives_its_bytes_back() -> None:
     now = [0.0]
     budget = ByteBudget(100, "held")
-    held = HeldRequests(budget, lease_s=5.0, clock=lambda: now[0])
+    held = HeldRequests(lease_s=5.0, clock=lambda: now[0])
     for name in ("old", "new"):
-        budget.reserve(10)
-        held.add(ForwardRequest(torch.zeros(1, 1, 1), request_id=name), torch.zeros(1), None, 10)
+        room = Room(budget, 0, 10, None)
+        held.add(ForwardRequest(torch.zeros(1, 1, 1), request_id=name), torch.zeros(1), None, room)
         now[0] += 3.0
     assert held.drop_expired() == ["old"]
     assert budget.used == 10
