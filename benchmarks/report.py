@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import statistics
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -79,3 +80,9 @@ def _cell(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:.4g}"
     return str(value)
+
+
+def log_sections(sections: Sequence[Section]) -> None:
+    """Shows what was found, as Markdown."""
+    for section in sections:
+        logging.getLogger("benchmarks").info("%s", section.as_markdown())

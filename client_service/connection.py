@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import queue
 import threading
@@ -34,7 +35,7 @@ logger = logging.getLogger(__name__)
 
 SERVICE = f"/{pb.DESCRIPTOR.services_by_name['TrunkService'].full_name}"
 
-_OPTIONS = [
+CHANNEL_OPTIONS = [
     ("grpc.max_receive_message_length", MAX_FRAME_BYTES),
     ("grpc.max_send_message_length", MAX_FRAME_BYTES),
     # A silent trunk is noticed within 20 s; it tolerates pings every 5 s (trunk_service.server).
@@ -76,14 +77,14 @@ def open_channel(address: str, credentials: Credentials | None = None) -> grpc.C
     """
     credentials = credentials or Credentials.from_environment()
     if credentials is not None:
-        return grpc.secure_channel(address, credentials.for_channel(), options=_OPTIONS)
+        return grpc.secure_channel(address, credentials.for_channel(), options=CHANNEL_OPTIONS)
     if not is_loopback(address):
         raise InvalidInputError(
             f"trunk {address} is on another host, which is reached with TLS only: give the folder "
             "that `trunkline certs` made for this client, as --tls DIR or in TRUNKLINE_TLS"
         )
     # A proxy would carry what is plain away from this machine.
-    return grpc.insecure_channel(address, options=[*_OPTIONS, ("grpc.enable_http_proxy", 0)])
+    return grpc.insecure_channel(address, options=[*CHANNEL_OPTIONS, ("grpc.enable_http_proxy", 0)])
 
 
 def get_info(channel: grpc.Channel, address: str, timeout_s: float) -> pb.GetInfoResponse:
@@ -130,14 +131,16 @@ class SessionConnection:
         self._waiting: dict[int, Future[Answer]] = {}
         self._failure: TrunklineError | None = None
         self._lock = threading.Lock()
-        self._outgoing: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
+        self._outgoing: queue.SimpleQueue[Iterator[bytes] | None] = queue.SimpleQueue()
         call: Any = channel.stream_stream(f"{SERVICE}/Session")
-        self._call: Any = call(iter(self._outgoing.get, None))
+        self._call: Any = call(self._written())
         self._reader = threading.Thread(target=self._read, name="trunk-answers", daemon=True)
         self._reader.start()
 
     def send(self, request: pb.SessionRequest, tensors: Mapping[str, Packed]) -> Future[Answer]:
         """Sends a request; its answer arrives in the future, or the error that it was.
+
+        The tensors must stay as they are until then.
 
         Raises:
             TensorError: If a tensor's dtype does not travel; nothing was sent.
@@ -145,14 +148,15 @@ class SessionConnection:
         future: Future[Answer] = Future()
         message = pb.SessionRequest()
         message.CopyFrom(request)  # announcing the tensors changes it
-        frames = list(to_frames(message, tensors))  # raises before anything is remembered
+        # The first is made here, so that what cannot be sent raises before anything is remembered;
+        # the others when they are written, each in the memory, and the cache, of one before it.
+        frames = to_frames(message, tensors)
+        first = next(frames)
         with self._lock:
             failure = self._failure
             if failure is None:
                 self._waiting[message.id] = future
-                for frame in frames:
-                    self._traffic.bytes_sent += len(frame)
-                    self._outgoing.put(frame)
+                self._outgoing.put(itertools.chain((first,), frames))
         if failure is not None:
             future.set_exception(failure)
         return future
@@ -176,7 +180,7 @@ class SessionConnection:
     def close(self) -> None:
         """Ends the stream and the session with it."""
         closing = pb.SessionRequest(id=_LAST_ID, close=pb.Close())
-        self._outgoing.put(closing.SerializeToString())
+        self._outgoing.put(iter((closing.SerializeToString(),)))
         self._outgoing.put(None)
         self._reader.join(timeout=5.0)
         self.abandon()
@@ -209,6 +213,13 @@ class SessionConnection:
         for future in waiting.values():
             future.set_exception(failure)
         self._on_end(self, failure)
+
+    def _written(self) -> Iterator[bytes]:
+        """What gRPC writes; it asks for a frame when it has taken the one before."""
+        for frames in iter(self._outgoing.get, None):
+            for frame in frames:
+                self._traffic.bytes_sent += len(frame)
+                yield frame
 
     def _frames(self) -> Iterator[bytes]:
         for raw in self._call:

@@ -49,6 +49,7 @@ def accumulate(
     micro_batches: Sequence[Batch],
     in_flight: int = 2,
     loss_of: LossOf = model_loss,
+    scale: float = 1.0,
 ) -> float:
     """Runs micro-batches forward and backward, accumulating the gradients of their joint loss.
 
@@ -60,6 +61,7 @@ def accumulate(
         micro_batches: Keyword arguments of the model's forward, ``labels`` [B, T] among them.
         in_flight: How many are on their way at once; 1 runs one after the other.
         loss_of: Computes a micro-batch's mean loss.
+        scale: Multiplies the gradients, not the loss that is returned.
 
     Returns:
         The joint loss.
@@ -78,15 +80,21 @@ def accumulate(
     # Its loss would be a mean over nothing.
     work = [(b, n / total) for b, n in zip(micro_batches, counts, strict=True) if n]
     seed = int(torch.randint(2**62, ()))
-    run = _Run(model, work, Turns(len(work), in_flight, seed), loss_of)
+    run = _Run(model, work, Turns(len(work), in_flight, seed), loss_of, scale)
     return run.losses(in_flight)
 
 
 class _Run:
     def __init__(
-        self, model: Any, work: list[tuple[Batch, float]], turns: Turns, loss_of: LossOf
+        self,
+        model: Any,
+        work: list[tuple[Batch, float]],
+        turns: Turns,
+        loss_of: LossOf,
+        scale: float,
     ) -> None:
-        self._model, self._work, self._turns, self._loss_of = model, work, turns, loss_of
+        self._model, self._work, self._turns = model, work, turns
+        self._loss_of, self._scale = loss_of, scale
         self._remote: RemoteTrunk = model.remote_trunk
         self._left = iter(range(len(work)))
         self._lock = threading.Lock()
@@ -128,7 +136,7 @@ class _Run:
         turn = Turn(self._turns, micro)
         with in_turn(turn), torch.enable_grad():
             loss = self._loss_of(self._model, batch)
-            (loss * weight).backward()
+            (loss * (weight * self._scale)).backward()
             self._losses[micro] = float(loss.detach()) * weight
             while turn.cuts:
                 self._below(turn.cuts.pop())

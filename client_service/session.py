@@ -5,6 +5,7 @@ Dimension letters: B batch, T tokens, S tokens with those in the cache, D model 
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
 
 import torch
@@ -36,9 +37,11 @@ Tensors = dict[str, torch.Tensor]
 
 REQUEST_TIMEOUT_S = 600.0
 RECONNECT_TIMEOUT_S = 60.0
-JOURNAL_BYTES, JOURNAL_STEPS = 64 * 1024**2, 8
+JOURNAL_BYTES, JOURNAL_STEPS = 256 * 1024**2, 8
 """Requests are kept up to this much before a snapshot takes their place: what a trunk that is lost
 costs is the time to do so many steps again."""
+_SNAPSHOT_SHARE = 0.02
+"""Most of the time that snapshots may take: over a slow link they are taken less often."""
 
 
 class TrunkSession:
@@ -78,6 +81,7 @@ class TrunkSession:
             credentials,
         )
         self.trainable_parameters = self._link.opened.trainable_parameters
+        self._snapshot_at, self._snapshot_took_s = time.monotonic(), 0.0
 
     @property
     def address(self) -> str:
@@ -296,8 +300,10 @@ class TrunkSession:
         """Lets a snapshot take the place of many requests, between two steps."""
         journal = self._link.journal
         grown = journal.nbytes - journal.base_nbytes
+        now = time.monotonic()
         # A snapshot is worth its bytes once as much again has come together, or nearly.
         due = journal.steps >= JOURNAL_STEPS and 4 * grown >= journal.base_nbytes
+        due = due and self._snapshot_took_s <= _SNAPSHOT_SHARE * (now - self._snapshot_at)
         if not due and grown <= max(JOURNAL_BYTES, journal.base_nbytes):
             return
         version = journal.version
@@ -316,6 +322,7 @@ class TrunkSession:
             # Before the first step there is no optimizer, and nothing of one.
             base.append(Entry(pb.SessionRequest(restore=body), answer.tensors))
         self._link.shorten_journal(version, base)
+        self._snapshot_at, self._snapshot_took_s = now, time.monotonic() - now
 
     def _check(self, address: str, info: pb.GetInfoResponse) -> None:
         terms = self.terms

@@ -11,6 +11,7 @@ import torch
 from torch.nn.functional import cross_entropy
 from transformers import get_scheduler
 
+from client_service.pipeline import accumulate, cut_batch
 from shared.failpoints import reach
 
 _OPTIMIZERS: dict[str, Any] = {
@@ -34,6 +35,8 @@ class TrainingPlan:
     """Largest global gradient norm; 0 does not clip."""
     grad_accum: int = 1
     """Batches of one optimizer step."""
+    micro_batches: int = 1
+    """Pieces of every batch, on their way through the split at once."""
     schedule: str = "constant"
     """A name of transformers' schedules: constant, linear, cosine …"""
     warmup_steps: int = 0
@@ -108,9 +111,7 @@ def train(
         loss_sum, tokens = 0.0, 0
         for _ in range(plan.grad_accum):
             input_ids = next(batches)
-            loss = model(input_ids=input_ids, labels=input_ids, use_cache=False).loss
-            (loss / plan.grad_accum).backward()
-            loss_sum += float(loss.detach())
+            loss_sum += _forward_backward(model, input_ids, plan)
             tokens += input_ids.numel()
         reach("client.step.before")
         limit = plan.grad_clip or float("inf")
@@ -138,6 +139,17 @@ def train(
         )
         if save is not None:
             save(state)
+
+
+def _forward_backward(model: Any, ids_BT: torch.Tensor, plan: TrainingPlan) -> float:
+    """Adds a batch's gradients, divided by the number of batches; returns its loss."""
+    batch = {"input_ids": ids_BT, "labels": ids_BT}
+    if plan.micro_batches > 1:
+        pieces = cut_batch(batch, plan.micro_batches)
+        return accumulate(model, pieces, len(pieces), scale=1.0 / plan.grad_accum)
+    loss = model(**batch, use_cache=False).loss
+    (loss / plan.grad_accum).backward()
+    return float(loss.detach())
 
 
 def traffic(model: Any) -> tuple[int, int]:

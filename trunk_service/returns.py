@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 _SHARE = 0.25
+_FORGOTTEN_AFTER_S = 60.0
 
 
 @dataclass
@@ -42,7 +43,7 @@ class Returns:
     def wait_s(self, now: float) -> float:
         """How long to wait for those who are due; 0 if nobody is."""
         for session, known in list(self._sessions.items()):
-            if now - known.answered_at > max(1.0, 2 * known.patience_s):
+            if now - known.answered_at > _FORGOTTEN_AFTER_S:
                 del self._sessions[session]
         left = [
             known.answered_at + known.patience_s - now

@@ -47,6 +47,10 @@ PeftPartsOption = Annotated[
 QuantizeOption = Annotated[
     str, typer.Option(help="Hold the ends' base weights in nf4 or int8; the trunk decides its own.")
 ]
+WireFormatOption = Annotated[
+    str,
+    typer.Option(help="How hidden states and gradients travel: float32, bfloat16, float16, int8."),
+]
 
 DEFAULT_TRUNK = "localhost:50052"
 

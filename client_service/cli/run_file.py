@@ -53,7 +53,12 @@ class RunSettings:
     chat: bool
     quantize: str
     threads: int
-    fused_loss: bool = False  # runs that began before there was a choice have none
+    # Runs that began before there was a choice have none of these.
+    fused_loss: bool = False
+    micro_batches: int = 1
+    wire_format: str = "float32"
+    gradient_wire_format: str | None = None
+    max_wire_drift: float | None = None
 
     def anywhere(self) -> RunSettings:
         """The same settings with paths that mean the same in another working directory."""

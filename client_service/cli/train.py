@@ -33,6 +33,7 @@ from client_service.cli.options import (
     SeqLenOption,
     ThreadsOption,
     TrunkOption,
+    WireFormatOption,
     load_tokenizer,
     model_or_bundled,
     prepare,
@@ -112,6 +113,17 @@ def train_command(
         bool, typer.Option("--chat", help="Talk with the model when it is trained.")
     ] = False,
     quantize: QuantizeOption = "",
+    micro_batches: Annotated[
+        int, typer.Option(help="Pieces of a batch on their way through the split at once.", min=1)
+    ] = 1,
+    wire_format: WireFormatOption = "float32",
+    gradient_wire_format: Annotated[
+        str | None, typer.Option(help="Of gradients, if another than --wire-format.")
+    ] = None,
+    max_wire_drift: Annotated[
+        float | None,
+        typer.Option(help="Goes back to float32 when a loss is further than this from its own."),
+    ] = None,
     fused_loss: Annotated[
         bool, typer.Option(help="Make the loss without the logits: faster, other last digits.")
     ] = False,
@@ -160,6 +172,7 @@ def _train(out: Path, settings: RunSettings, resume: bool) -> None:
         optimizer=settings.optimizer,
         grad_clip=settings.grad_clip,
         grad_accum=settings.grad_accum,
+        micro_batches=settings.micro_batches,
         schedule=settings.lr_schedule,
         warmup_steps=settings.warmup_steps,
         seed=settings.seed,
@@ -193,6 +206,9 @@ def _open(model: str, settings: RunSettings) -> Any:
         dropout=settings.dropout,
         quantize=settings.quantize,
         fused_loss=settings.fused_loss,
+        wire_format=settings.wire_format,
+        gradient_wire_format=settings.gradient_wire_format,
+        max_wire_drift=settings.max_wire_drift,
         reconnect_timeout_s=settings.reconnect_timeout,
     )
 

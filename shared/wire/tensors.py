@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import sys
-import warnings
 from collections.abc import Iterator, Mapping
 
 import torch
@@ -29,12 +28,6 @@ MAX_ELEMENTS = 2**60
 
 if sys.byteorder != "little":
     raise ImportError("tensors travel little-endian and are not converted; this host is big-endian")
-
-with warnings.catch_warnings():
-    # torch warns once per process that a view of immutable bytes must not be written to. Ours are
-    # only ever read (copied into a tensor's own memory), so that one warning is used up here.
-    warnings.simplefilter("ignore")
-    torch.frombuffer(b"\0", dtype=torch.uint8)
 
 
 def announce(tensors: Mapping[str, Packed]) -> list[pb.TensorSpec]:
@@ -97,7 +90,7 @@ class TensorAssembly:
             if s.encoding == pb.ENCODING_INT8_BLOCKS
         }
         arriving = (self._encoded.get(name, t) for name, t in self.tensors.items())
-        self._open = [_raw(tensor) for tensor in arriving if tensor.numel()]
+        self._open = [as_bytes(tensor) for tensor in arriving if tensor.numel()]
         self._filled = 0
 
     @property
@@ -115,22 +108,18 @@ class TensorAssembly:
             if not self._open:
                 raise ProtocolError(f"{payload.nbytes} bytes more than the tensors announced")
             target = self._open[0]
-            count = min(payload.nbytes, target.numel() - self._filled)
-            piece = torch.frombuffer(payload[:count], dtype=torch.uint8)
-            target[self._filled : self._filled + count].copy_(piece)
+            count = min(payload.nbytes, target.nbytes - self._filled)
+            # Not torch's copy: it wakes other threads for a chunk, and gRPC has the cores by now.
+            target[self._filled : self._filled + count] = payload[:count]
             self._filled += count
             payload = payload[count:]
-            if self._filled == target.numel():
+            if self._filled == target.nbytes:
                 self._open.pop(0)
                 self._filled = 0
         if not self._open:
             while self._encoded:
                 name, raw = self._encoded.popitem()
                 self.tensors[name] = unpack(raw, self.tensors[name].shape)
-
-
-def _raw(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.reshape(-1).view(torch.uint8)
 
 
 def _byte_size(spec: pb.TensorSpec) -> int:

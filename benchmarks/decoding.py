@@ -1,0 +1,294 @@
+"""``python -m benchmarks.decoding``: tokens per second of generating, through the split and whole.
+
+GPT-2 small split 2:10, LoRA on every part, greedy. Everything is measured in turn in one run:
+
+* ``generate()`` of the whole model and through the split, for one prompt and for eight;
+* the trunk alone: streams of cached one-token forwards over loopback whose ends are not computed,
+  one and eight at once, each of a tenant with an adapter of its own or none, with and without
+  ``--batch-decoding``;
+* eight whole clients, each a process that computes its own ends on the same cores.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, closing, contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import GPT2LMHeadModel
+
+from benchmarks.gpt2_small import SPLIT, VOCABULARY, WIDTH, gpt2_small, lora
+from benchmarks.report import Claim, Row, Section, Spread
+from client_service.calls import ForwardCall, SessionTerms
+from client_service.local_trunk import local_trunk
+from client_service.session import TrunkSession
+from client_service.split_model import SplitModelForCausalLM
+from shared.adapters.config import config_to_json
+from shared.adapters.wrap import wrap
+
+LOG = logging.getLogger("benchmarks")
+PROMPT, TOKENS, STREAMS = 16, 64, 8
+BATCHING = "--batch-decoding"
+Figure = Callable[[], float]
+
+
+def measure(quick: bool = False) -> list[Section]:
+    """Measures everything; ``quick`` for a smoke test."""
+    tokens, repeats = (8, 1) if quick else (TOKENS, 5)
+    with tempfile.TemporaryDirectory() as scratch, ExitStack() as stack:
+        folder = gpt2_small(Path(scratch) / "model")
+        plain = stack.enter_context(local_trunk(str(folder), SPLIT))
+        flags = [BATCHING, str(STREAMS)]
+        batched = stack.enter_context(local_trunk(str(folder), SPLIT, flags=flags))
+        ends = stack.enter_context(_ends(folder, plain, tokens))
+        found = _in_turn({**ends, **_trunk_figures(stack, plain, batched, tokens)}, repeats)
+        sections = [_ends_section(found), _trunk_section(found)]
+        clients = {
+            "eight client processes": lambda: _clients(folder, plain, tokens),
+            f"eight client processes, {BATCHING}": lambda: _clients(folder, batched, tokens),
+        }
+        found = _in_turn(clients, 1 if quick else 3, warm=0)
+        sections.append(_clients_section(found))
+    return sections
+
+
+def _in_turn(figures: dict[str, Figure], repeats: int, warm: int = 1) -> dict[str, list[float]]:
+    """Takes every figure in turn, over and over."""
+    found: dict[str, list[float]] = {name: [] for name in figures}
+    for repeat in range(warm + repeats):
+        for name, figure in figures.items():
+            value = figure()
+            if repeat >= warm:
+                found[name].append(value)
+        LOG.info("decoding: %d of %d", repeat + 1, warm + repeats)
+    return found
+
+
+@contextmanager
+def _ends(folder: Path, address: str, tokens: int) -> Iterator[dict[str, Figure]]:
+    whole = wrap(GPT2LMHeadModel.from_pretrained(folder), lora(), 0, "whole").eval()
+    split = SplitModelForCausalLM.from_pretrained(folder, address, peft_config=lora()).eval()
+    with closing(split.remote_trunk):
+        yield {
+            f"{name}, {rows} prompt{'s' * (rows > 1)}": _generate(model, rows, tokens)
+            for rows in (1, STREAMS)
+            for name, model in (("whole model", whole), ("split", split))
+        }
+
+
+def _generate(model: Any, rows: int, tokens: int) -> Figure:
+    """Tokens per second of a greedy ``generate``."""
+    ids = torch.randint(
+        0, VOCABULARY, (rows, PROMPT), generator=torch.Generator().manual_seed(rows)
+    )
+
+    def run() -> float:
+        started = time.perf_counter()
+        model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=tokens,
+            min_new_tokens=tokens,
+            do_sample=False,
+            pad_token_id=0,
+        )
+        return rows * tokens / (time.perf_counter() - started)
+
+    return run
+
+
+def _trunk_figures(stack: ExitStack, plain: str, batched: str, tokens: int) -> dict[str, Figure]:
+    figures: dict[str, Figure] = {}
+    for kind, config_json in (("LoRA", config_to_json(lora())), ("frozen", "")):
+        for how, address in (("each alone", plain), ("batched", batched)):
+            sessions = [
+                stack.enter_context(
+                    closing(
+                        TrunkSession(address, SessionTerms(peft_config_json=config_json, seed=i))
+                    )
+                )
+                for i in range(STREAMS)
+            ]
+            for count in (1, STREAMS):
+                if how == "each alone" or count > 1:
+                    name = f"{kind}, {count} stream{'s' * (count > 1)}, {how}"
+                    figures[name] = _streams(sessions[:count], tokens)
+    return figures
+
+
+def _streams(sessions: Sequence[TrunkSession], tokens: int) -> Figure:
+    """Tokens per second of all sessions, prompts not counted, their ends not computed."""
+
+    def run() -> float:
+        start, end = threading.Barrier(len(sessions) + 1), threading.Barrier(len(sessions) + 1)
+        with ThreadPoolExecutor(len(sessions)) as pool:
+            done = [pool.submit(_stream, s, tokens, start, end) for s in sessions]
+            start.wait()
+            started = time.perf_counter()
+            end.wait()
+            seconds = time.perf_counter() - started
+            for one in done:
+                one.result()
+        return len(sessions) * tokens / seconds
+
+    return run
+
+
+def _stream(
+    session: TrunkSession, tokens: int, start: threading.Barrier, end: threading.Barrier
+) -> None:
+    cache_id = f"stream{time.monotonic_ns()}"
+    try:
+        total = PROMPT
+        _send(session, PROMPT, total, cache_id)
+        start.wait()
+        for _ in range(tokens):
+            total += 1
+            _send(session, 1, total, cache_id)
+        end.wait()
+    except BaseException:
+        start.abort()
+        end.abort()
+        raise
+    session.release([], [cache_id])
+
+
+def _send(session: TrunkSession, new: int, total: int, cache_id: str) -> None:
+    """What a ``generate`` sends: new tokens, the whole mask, and positions."""
+    mask = torch.ones(1, total, dtype=torch.bool)
+    positions = torch.arange(total - new, total)[None]
+    session.forward(torch.randn(1, new, WIDTH), ForwardCall(mask, positions, cache_id=cache_id))
+
+
+def _clients(folder: Path, address: str, tokens: int) -> float:
+    """Tokens per second of eight client processes in all."""
+    command = [sys.executable, "-m", "benchmarks.decoding", "--client", address]
+    command += ["--model", str(folder), "--tokens", str(tokens)]
+    pipes: Any = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    with ExitStack() as stack:
+        clients = [
+            stack.enter_context(subprocess.Popen([*command, "--seed", str(i)], **pipes))
+            for i in range(STREAMS)
+        ]
+        for client in clients:
+            assert client.stdout.readline() == "ready\n"
+        started = time.perf_counter()
+        for client in clients:
+            client.stdin.write("go\n")
+            client.stdin.flush()
+        for client in clients:
+            assert client.stdout.readline() == "done\n"
+        return STREAMS * tokens / (time.perf_counter() - started)
+
+
+def _client(address: str, folder: Path, tokens: int, seed: int) -> None:
+    """One client as a process: generates when told to."""
+    torch.set_num_threads(1)  # of two cores for nine processes
+    split = SplitModelForCausalLM.from_pretrained(folder, address, peft_config=lora(), seed=seed)
+    with closing(split.eval().remote_trunk):
+        run = _generate(split, 1, tokens)
+        _say("ready")
+        sys.stdin.readline()
+        run()
+        _say("done")
+
+
+def _say(word: str) -> None:
+    sys.stdout.write(f"{word}\n")
+    sys.stdout.flush()
+
+
+def _rows(found: dict[str, list[float]], names: Sequence[str]) -> list[Row]:
+    return [{"what": name, "tokens/s": Spread.of(found[name])} for name in names]
+
+
+def _ratio(found: dict[str, list[float]], name: str, to: str) -> float:
+    """The median of the ratios of figures that were taken one after the other."""
+    pairs = zip(found[name], found[to], strict=True)
+    return Spread.of([one / other for one, other in pairs]).median
+
+
+def _ends_section(found: dict[str, list[float]]) -> Section:
+    names = [name for name in found if "prompt" in name]
+    ratio = _ratio(found, "split, 1 prompt", "whole model, 1 prompt")
+    eight = _ratio(found, f"split, {STREAMS} prompts", f"whole model, {STREAMS} prompts")
+    return Section(
+        "decoding",
+        "Greedy generate, GPT-2 small 2:10, LoRA on every part, trunk over loopback",
+        _rows(found, names),
+        [
+            Claim("split / whole model, one prompt", ratio, 0.9, at_most=False),
+            Claim("split / whole model, eight prompts", eight, 0.9, at_most=False),
+        ],
+    )
+
+
+def _trunk_section(found: dict[str, list[float]]) -> Section:
+    names = [name for name in found if "stream" in name]
+    claims = [
+        Claim(
+            f"{STREAMS} streams together / one stream, {kind}",
+            _ratio(found, f"{kind}, {STREAMS} streams, batched", f"{kind}, 1 stream, each alone"),
+            3.0,
+            at_most=False,
+        )
+        for kind in ("LoRA", "frozen")
+    ]
+    gains = {
+        kind: _ratio(
+            found,
+            f"{kind}, {STREAMS} streams, batched",
+            f"{kind}, {STREAMS} streams, each alone",
+        )
+        for kind in ("LoRA", "frozen")
+    }
+    return Section(
+        "decoding_trunk",
+        "The trunk alone: one-token forwards of tenants whose ends are not computed",
+        _rows(found, names),
+        claims,
+        [f"{kind}: {BATCHING} gives {gain:.2f} x" for kind, gain in gains.items()],
+    )
+
+
+def _clients_section(found: dict[str, list[float]]) -> Section:
+    cores = len(os.sched_getaffinity(0))
+    return Section(
+        "decoding_clients",
+        "Eight client processes beside the trunk, each with its own ends",
+        _rows(found, list(found)),
+        notes=[f"nine processes on {cores} cores: the eight heads are most of the work"],
+    )
+
+
+def main() -> None:
+    """Runs the benchmark, or one of its clients."""
+    logging.basicConfig(level="INFO", format="%(message)s")
+    arguments = argparse.ArgumentParser(description=__doc__)
+    arguments.add_argument("--quick", action="store_true")
+    arguments.add_argument("--client", default="", help="address; used by the benchmark itself")
+    arguments.add_argument("--model", type=Path)
+    arguments.add_argument("--tokens", type=int, default=TOKENS)
+    arguments.add_argument("--seed", type=int, default=0)
+    given = arguments.parse_args()
+    if given.client:
+        _client(given.client, given.model, given.tokens, given.seed)
+        return
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    for section in measure(given.quick):
+        LOG.info("%s", section.as_markdown())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,181 @@
+"""One training step of GPT-2 small's size: ours, the whole model, and other ways to split it.
+
+``python -m benchmarks.step [--pairs N] [--no-peers]``
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import signal
+import sys
+from collections.abc import Callable
+
+from benchmarks.peers.environments import python_of
+from benchmarks.peers.interleaved import Entry, Measured, interleave
+from benchmarks.peers.running import System
+from benchmarks.report import Claim, Row, Section, Spread
+
+LOG = logging.getLogger("benchmarks")
+LOSS_BOUND, PEER_LOSS_BOUND = 1e-5, 1e-4
+IDLE_BOUND = 0.02
+ONE_CORE_BOUND = 0.65
+ONE_CORE_PAIRS = 7
+
+WHOLE, OURS, FUSED = "whole model", "trunkline", "trunkline, fused loss"
+SOCKET, RPC = "bare TCP socket", "PyTorch RPC over TCP"
+PEERS = {
+    "torchslicer 0.2.0 over gRPC": "torchslicer",
+    "hivemind 1.1.12": "hivemind",
+    "NVFlare 2.9.0 collab simulator": "nvflare",
+}
+
+
+def measure(peers: bool = True, pairs: int = 15) -> list[Section]:
+    """Measures a step of every system, and of two sides with one core each.
+
+    Args:
+        peers: Also of other libraries; installs them into environments of their own.
+        pairs: How many steps of each count.
+    """
+    return [_systems(peers, pairs), _one_core_sides(min(pairs, ONE_CORE_PAIRS))]
+
+
+def _systems(peers: bool, pairs: int) -> Section:
+    named: list[tuple[str, Entry]] = [
+        (WHOLE, System("benchmarks.peers.whole", required=True)),
+        (OURS, System("benchmarks.peers.trunkline", required=True)),
+        (FUSED, System("benchmarks.peers.trunkline", ("--fused", "1"), required=True)),
+        (SOCKET, System("benchmarks.peers.bare_tcp")),
+        (RPC, System("benchmarks.peers.torch_rpc")),
+    ]
+    if peers:
+        named += [(name, _peer(library)) for name, library in PEERS.items()]
+    found = interleave(named, pairs)
+    section = Section(
+        "step",
+        "A training step: GPT-2 small's size, split 2:10, LoRA r=8, batch 4x128, float32, 2 cores",
+        [_row(measured, found[WHOLE]) for measured in found.values()],
+    )
+    _claim_step(section, found)
+    section.notes += [
+        "Systems step in turn within one run; ratios are of steps in the same turn; "
+        f"median (least to most, n={pairs}).",
+        "CPU is user and system time of all processes of a system; bytes are what passed over the "
+        "loopback interface in the step with the fewest, both ways, headers included.",
+    ]
+    section.notes += _odd(found)
+    return section
+
+
+def _claim_step(section: Section, found: dict[str, Measured]) -> None:
+    whole, ours = found[WHOLE], found[OURS]
+    for name, other in found.items():
+        if name in (WHOLE, OURS, FUSED) or other.failure:
+            continue
+        for what, of in (("step", Measured.seconds), ("CPU", Measured.cpu)):
+            ratio = _ratio(ours, other, of).median
+            section.claims.append(Claim(f"{OURS}'s {what} ÷ that of {name}", ratio, 1.0))
+    for measured in (ours, found[FUSED]):
+        difference = measured.loss_difference(whole)
+        text = f"largest loss difference of {measured.name} to the whole model"
+        section.claims.append(Claim(text, difference, LOSS_BOUND))
+    ratio = _ratio(found[FUSED], whole, Measured.seconds).median
+    section.claims.append(Claim(f"{FUSED}: step ÷ the whole model's", ratio, 1.0))
+
+
+def _one_core_sides(pairs: int) -> Section:
+    """A client and a trunk that do not share cores, as on two machines."""
+    section = Section(
+        "step_one_core",
+        "Two one-core sides: client and trunk on a core and a thread each, and the whole model "
+        "on one core",
+    )
+    cores = sorted(os.sched_getaffinity(0))
+    if len(cores) < 2:
+        section.notes.append("Needs two cores.")
+        return section
+    pinned = ("--core", str(cores[0]))
+    split = (*pinned, "--trunk-core", str(cores[1]), "--fused", "1")
+    options = {
+        "trunkline, one batch": split,
+        _micro(2): (*split, "--micro", "2", "--in-flight", "2"),
+        _micro(4): (*split, "--micro", "4", "--in-flight", "4"),
+    }
+    alone = System("benchmarks.peers.whole", pinned, threads=1, required=True)
+    named: list[tuple[str, Entry]] = [("whole model, one core", alone)]
+    for name, flags in options.items():
+        ours = System("benchmarks.peers.trunkline", flags, threads=1, required=True)
+        named.append((name, ours))
+    found = interleave(named, pairs)
+    whole, best = found[named[0][0]], found[_micro(4)]
+    section.rows = [_row(measured, whole) for measured in found.values()]
+    ratio = _ratio(best, whole, Measured.seconds).median
+    difference = best.loss_difference(whole)
+    section.claims = [
+        Claim(f"{best.name}: step ÷ the whole model's on one core", ratio, ONE_CORE_BOUND),
+        Claim(f"largest loss difference of {best.name} to the whole model", difference, LOSS_BOUND),
+    ]
+    section.notes.append("trunkline with fused loss; micro-batches are rows of the same batch.")
+    section.notes += _odd(found)
+    return section
+
+
+def _micro(count: int) -> str:
+    return f"trunkline, {count} micro-batches in flight"
+
+
+def _row(measured: Measured, whole: Measured) -> Row:
+    columns = ("step s", "÷ whole", "CPU s", "÷ whole CPU", "loss difference", "bytes a step")
+    if measured.failure:
+        return {"system": f"{measured.name}: {measured.failure}", **dict.fromkeys(columns, "-")}
+    alone = measured is whole
+    values = (
+        Spread.of(measured.seconds()),
+        _ratio(measured, whole, Measured.seconds),
+        Spread.of(measured.cpu()),
+        _ratio(measured, whole, Measured.cpu),
+        f"{measured.loss_difference(whole):.1e}",
+        "-" if alone else f"{measured.wire_bytes():,}",
+    )
+    return {"system": measured.name, **dict(zip(columns, values, strict=True))}
+
+
+def _ratio(measured: Measured, other: Measured, of: Callable[[Measured], list[float]]) -> Spread:
+    return Spread.of([a / b for a, b in zip(of(measured), of(other), strict=True)])
+
+
+def _odd(found: dict[str, Measured]) -> list[str]:
+    """What a reader has to know of single systems."""
+    notes = []
+    whole = next(iter(found.values()))
+    for name, measured in found.items():
+        if measured.failure:
+            continue
+        if (difference := measured.loss_difference(whole)) > PEER_LOSS_BOUND:
+            notes.append(f"{name}: its losses differ from the whole model's by {difference:.1e}.")
+        if (idle := measured.idle_cpu()) > IDLE_BOUND:
+            notes.append(f"{name}: uses {idle:.0%} of a core while others step.")
+    return notes
+
+
+def _peer(library: str) -> Callable[[], System]:
+    return lambda: System(f"benchmarks.peers.{library}_peer", python=python_of(library))
+
+
+def main() -> None:
+    """Prints what was found, as Markdown."""
+    logging.basicConfig(level="INFO", format="%(message)s")
+    # As an interrupt does: unwinds, and so ends what was started.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    arguments = argparse.ArgumentParser(description=__doc__)
+    arguments.add_argument("--pairs", type=int, default=15)
+    arguments.add_argument("--no-peers", action="store_true")
+    given = arguments.parse_args()
+    for section in measure(not given.no_peers, given.pairs):
+        LOG.info("\n%s", section.as_markdown())
+
+
+if __name__ == "__main__":
+    main()

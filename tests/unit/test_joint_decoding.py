@@ -1,0 +1,435 @@
+"""Tokens of several sessions computed as one, beside each alone: in one process, so every batch is
+what the test says."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from concurrent.futures import Future
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import IA3Config, LoraConfig, PeftConfig, PrefixTuningConfig
+
+from shared.adapters.config import config_to_json
+from shared.errors import ResourceExhaustedError, TensorError
+from shared.models import SplitRange
+from shared.models.families import family_of
+from shared.wire.formats import WireFormat
+from tests.models import save_tiny_model
+from tests.unit.test_trunk_pieces import Clock
+from trunk_service.budget import ByteBudget
+from trunk_service.joint_decoding import JointDecoding, Outcome
+from trunk_service.limits import Limits
+from trunk_service.mixed_adapters import MixedAdapters
+from trunk_service.optimizers import OptimizerSpec
+from trunk_service.quotas import TenantQuotas
+from trunk_service.requests import (
+    BackwardRequest,
+    CacheEdit,
+    ForwardRequest,
+    OpenRequest,
+    StepRequest,
+)
+from trunk_service.returns import Returns
+from trunk_service.scheduler import Joint, Scheduler
+from trunk_service.session import TenantSession
+from trunk_service.trunk import Trunk
+
+FAMILIES = ("gpt2", "llama", "qwen2", "gpt_neox")
+WIDTH, TOLERANCE = 64, 1e-5
+LIMITS = Limits()
+
+
+def lora(**changes: Any) -> LoraConfig:
+    """One that does something from the start."""
+    settings = {"r": 4, "target_modules": "all-linear", "init_lora_weights": False}
+    return LoraConfig(task_type="CAUSAL_LM", **settings | changes)
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def trunk(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Trunk:
+    return load(request.param, tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module")
+def gpt2(tmp_path_factory: pytest.TempPathFactory) -> Trunk:
+    return load("gpt2", tmp_path_factory.mktemp("model"))
+
+
+def load(family: str, folder: Path, **changes: Any) -> Trunk:
+    save_tiny_model(family, folder, **changes)
+    return Trunk.load(folder, SplitRange(2, 4), torch.device("cpu"), torch.float32)
+
+
+class Host:
+    """A trunk's sessions and what computes their tokens together."""
+
+    def __init__(self, trunk: Trunk, held_bytes: int = 10**9) -> None:
+        self.trunk = trunk
+        self.budget = ByteBudget(held_bytes, "trunk's")
+        self.quotas = TenantQuotas(LIMITS, self.budget)
+        self.decoding = JointDecoding(trunk, self.budget)
+        self.sessions = list[TenantSession]()
+
+    def open(
+        self, config: PeftConfig | None = None, seed: int = 0, limits: Limits = LIMITS
+    ) -> TenantSession:
+        split = self.trunk.info.split
+        as_json = "" if config is None else config_to_json(config)
+        terms = OpenRequest("", split.start, split.end, as_json, seed)
+        tenant = f"tenant{len(self.sessions)}"
+        session = TenantSession(self.trunk, terms, limits, self.quotas.of(tenant))
+        self.sessions.append(session)
+        return session
+
+    def together(self, *asked: tuple[TenantSession, ForwardRequest]) -> list[Outcome]:
+        return self.decoding.run(asked)
+
+
+@dataclass
+class Stream:
+    """What one client sends: a prompt, then a token at a time; the same however it is computed."""
+
+    session: TenantSession
+    rows: int = 1
+    prompt: int = 7
+    padded: int = 0
+    seed: int = 0
+    cache_id: str = "c"
+    edits: dict[int, list[CacheEdit]] = field(default_factory=dict)
+    """By the number of the token before which they come."""
+    tokens: int = 0
+
+    def ask(self, number: int, cache_id: str) -> ForwardRequest:
+        """Number 0 is the prompt."""
+        generator = torch.Generator().manual_seed(1000 * self.seed + number)
+        edits = self.edits.get(number, [])
+        new = self.prompt if number == 0 else 1
+        self.tokens = new + (self.tokens if number else 0)
+        self.tokens -= sum(e.remove_tokens or 0 for e in edits)
+        mask = torch.ones(self.rows, self.tokens, dtype=torch.bool)
+        mask[0, : self.padded] = False
+        positions = (mask.cumsum(-1) - 1).clamp(min=0)[:, -new:]
+        hidden = torch.randn(self.rows, new, WIDTH, generator=generator)
+        return ForwardRequest(hidden, mask, positions, cache_id=cache_id, cache_edits=edits)
+
+    def alone(self, count: int) -> list[torch.Tensor]:
+        self.session.caches.drop("alone")
+        return [numbers(self.session.forward(self.ask(n, "alone"))) for n in range(count + 1)]
+
+    def begin(self) -> None:
+        self.session.caches.drop(self.cache_id)
+        self.session.forward(self.ask(0, self.cache_id))
+
+
+def numbers(answer: Any) -> torch.Tensor:
+    assert isinstance(answer.hidden_BTD, torch.Tensor)
+    return answer.hidden_BTD
+
+
+def difference(outcome: Outcome, expected: torch.Tensor) -> float:
+    """The largest one, in parts of the largest number where that is more than 1."""
+    return float((numbers(outcome.give()) - expected).abs().max() / max(1, expected.abs().max()))
+
+
+def check(host: Host, streams: list[Stream], count: int, joint: int | None = None) -> None:
+    """Generates together and alone; ``joint`` of the streams are computed as one."""
+    expected = [stream.alone(count) for stream in streams]
+    for stream in streams:
+        stream.begin()
+    for number in range(1, count + 1):
+        asked = [(s.session, s.ask(number, s.cache_id)) for s in streams]
+        outcomes = host.together(*asked)
+        assert sum(o.joint for o in outcomes) == (len(streams) if joint is None else joint)
+        for outcome, wanted in zip(outcomes, expected, strict=True):
+            assert difference(outcome, wanted[number]) <= TOLERANCE
+
+
+def test_rows_of_other_lengths_paddings_and_adapters_equal_each_alone(trunk: Trunk) -> None:
+    host = Host(trunk)
+    layers = list(family_of(trunk.info.model_type).linear_layers)
+    own = [
+        lora(),
+        lora(r=2, use_rslora=True, lora_dropout=0.5),
+        lora(target_modules=layers, layers_to_transform=[3]),
+    ]
+    streams = [
+        Stream(host.open(config, seed), prompt=5 + 9 * seed, seed=seed)
+        for seed, config in enumerate([*own, None])
+    ]
+    streams.append(Stream(host.open(lora(), 8), rows=3, prompt=11, padded=4, seed=8))
+    check(host, streams, 70)
+
+
+def test_what_was_padded_is_never_seen(gpt2: Trunk) -> None:
+    """Padding multiplied by nothing is nothing, also beside numbers that are not."""
+    host = Host(gpt2)
+    long, short = Stream(host.open(), prompt=60, seed=1), Stream(host.open(), prompt=1, seed=2)
+    check(host, [long, short], 3)
+
+
+def test_groups_that_change_equal_each_alone(gpt2: Trunk) -> None:
+    host = Host(gpt2)
+    streams = [Stream(host.open(lora(), i), prompt=4 + i, seed=i) for i in range(4)]
+    expected = [stream.alone(12) for stream in streams]
+    for stream in streams:
+        stream.begin()
+    at = [0] * 4
+    for group in ([0, 1], [2, 3], [0, 1], [1, 2, 3], [0], [3, 0], [0, 1, 2, 3], [2, 1, 0]) * 2:
+        for which in group:
+            at[which] += 1
+        outcomes = host.together(*((streams[i].session, streams[i].ask(at[i], "c")) for i in group))
+        for which, outcome in zip(group, outcomes, strict=True):
+            assert difference(outcome, expected[which][at[which]]) <= TOLERANCE
+
+
+def test_edits_of_a_cache_come_before_the_token(gpt2: Trunk) -> None:
+    host = Host(gpt2)
+    edited = Stream(host.open(lora(), 1), rows=2, padded=0, seed=1)
+    edited.edits = {
+        3: [CacheEdit(reorder=[1, 0])],
+        5: [CacheEdit(remove_tokens=2)],
+        6: [CacheEdit(reorder=[0]), CacheEdit(repeats=2)],
+    }
+    check(host, [edited, Stream(host.open(), prompt=3, seed=2)], 8)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        lora(use_dora=True, target_modules=["c_attn"]),
+        IA3Config(task_type="CAUSAL_LM", target_modules=["c_attn"], feedforward_modules=[]),
+        PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3),
+    ],
+    ids=["dora", "ia3", "prefix"],
+)
+def test_what_peft_does_not_mix_is_computed_alone(gpt2: Trunk, config: PeftConfig) -> None:
+    host = Host(gpt2)
+    check(host, [Stream(host.open(config)), Stream(host.open(lora(), 1), seed=1)], 3, joint=0)
+    three = [Stream(host.open(c, 1), seed=i) for i, c in enumerate([config, lora(), None])]
+    check(host, three, 3, joint=2)
+
+
+def test_a_window_is_computed_alone(tmp_path: Path) -> None:
+    host = Host(load("mistral", tmp_path))
+    check(host, [Stream(host.open(), seed=i, prompt=12) for i in range(2)], 3, joint=0)
+
+
+def test_one_refusal_is_that_requests_own(gpt2: Trunk) -> None:
+    host = Host(gpt2)
+    streams = [Stream(host.open(), prompt=4 + i, seed=i) for i in range(3)]
+    expected = [stream.alone(2) for stream in streams]
+    for stream in streams:
+        stream.begin()
+    asked = [(s.session, s.ask(1, "c")) for s in streams]
+    asked[1] = asked[1][0], replace(asked[1][1], attention_mask=torch.ones(1, 99, dtype=torch.bool))
+    first, wrong, last = host.together(*asked)
+    with pytest.raises(TensorError, match="attention_mask"):
+        wrong.give()
+    assert difference(first, expected[0][1]) <= TOLERANCE
+    assert difference(last, expected[2][1]) <= TOLERANCE
+    streams[1].tokens -= 1
+    again = host.together((streams[1].session, streams[1].ask(1, "c")))
+    assert torch.equal(numbers(again[0].give()), expected[1][1])
+
+
+def test_if_computing_together_fails_each_is_computed_alone(
+    gpt2: Trunk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    host = Host(gpt2)
+    edits = {2: [CacheEdit(remove_tokens=1)]}
+    streams = [Stream(host.open(lora(), i), seed=i, edits=edits) for i in range(3)]
+    run = MixedAdapters.run
+
+    def broken(*args: Any, **inputs: Any) -> torch.Tensor:
+        run(*args, **inputs)
+        raise RuntimeError("broken behind the last block")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(MixedAdapters, "run", broken)
+        check(host, streams, 3, joint=0)
+    check(host, streams, 3)
+
+
+def test_a_step_of_a_tenant_is_seen_and_its_weights_stay_its_own(gpt2: Trunk) -> None:
+    host = Host(gpt2)
+    trained, other = host.open(lora(), 1), host.open(lora(), 2)
+    streams = [Stream(trained, seed=1), Stream(other, seed=2)]
+    check(host, streams, 2)
+    before = streams[0].alone(2)[2]
+    hidden = torch.ones(1, 4, WIDTH)
+    trained.forward(ForwardRequest(hidden, request_id="r", keep_graph=True, training=True, step=1))
+    trained.backward(BackwardRequest(torch.ones(1, 4, WIDTH), "r"))
+    trained.step(StepRequest(1, 1.0, OptimizerSpec("sgd", {"lr": 0.1}, {})))
+    assert not torch.allclose(streams[0].alone(2)[2], before)
+    late = Stream(host.open(lora(), 3), seed=3)  # PEFT switches what trains when one is added
+    check(host, [*streams, late], 2)
+    adapter = trained.adapters.get("")
+    adapter.restore({n: t * 0.5 for n, t in adapter.weights().items()}, {}, None)
+    check(host, streams, 2)
+    for session in host.sessions:
+        assert all(p.requires_grad for p in session.adapters.get("").parameters)
+
+
+def test_what_was_reserved_is_given_back(gpt2: Trunk) -> None:
+    host = Host(gpt2)
+    streams = [Stream(host.open(lora(), i), seed=i, prompt=60) for i in range(3)]
+    idle = host.budget.used
+    check(host, streams, 10)
+    tokens = 70 * 2 * 2 * WIDTH * 4  # keys and values of two blocks
+    # Of each session the cache it had alone and the packed one, with room for 128.
+    room = 128 * 2 * 2 * WIDTH * 4
+    assert streams[0].session.budget.used == tokens + room
+    assert host.budget.used > 3 * (tokens + room)  # the stack is counted too
+    for stream in streams:
+        stream.session.caches.drop("c")
+        stream.session.caches.drop("alone")
+    assert host.budget.used == idle
+    for session in host.sessions:
+        session.close()
+    assert len(host.decoding._mixed) == 0
+
+
+def test_without_room_for_a_copy_each_is_computed_alone(gpt2: Trunk) -> None:
+    token = 2 * 2 * WIDTH * 4
+    host = Host(gpt2, held_bytes=2 * (63 + 64) * token + token)
+    check(host, [Stream(host.open(), seed=i, prompt=60) for i in range(2)], 3, joint=0)
+
+
+def test_a_budget_too_small_for_the_token_refuses_as_alone(gpt2: Trunk) -> None:
+    token = 2 * 2 * WIDTH * 4
+    host = Host(gpt2)
+    tight = Stream(host.open(limits=replace(LIMITS, session_held_bytes=9 * token)), prompt=8)
+    others = [Stream(host.open(), seed=i) for i in (1, 2)]
+    for stream in (tight, *others):
+        stream.begin()
+    for number, fits in ((1, True), (2, False)):
+        outcomes = host.together(*((s.session, s.ask(number, "c")) for s in (tight, *others)))
+        assert [o.joint for o in outcomes] == [False, True, True]
+        if fits:
+            outcomes[0].give()
+        else:
+            with pytest.raises(ResourceExhaustedError):
+                outcomes[0].give()
+
+
+def test_an_answer_is_in_the_format_that_was_asked_for(gpt2: Trunk) -> None:
+    host = Host(gpt2)
+    streams = [Stream(host.open(), seed=i) for i in range(2)]
+    for stream in streams:
+        stream.begin()
+    asked = [
+        (s.session, replace(s.ask(1, "c"), answer_format=f))
+        for s, f in zip(streams, (WireFormat.BFLOAT16, None), strict=True)
+    ]
+    found = [numbers(outcome.give()).dtype for outcome in host.together(*asked)]
+    assert found == [torch.bfloat16, torch.float32]
+
+
+class Crowd:
+    """A scheduler of one worker that is held until everything is submitted."""
+
+    def __init__(self, max_rows: int) -> None:
+        self.clock, self.batches = Clock(), list[list[str]]()
+        self.scheduler = Scheduler(workers=1, threads_per_worker=1, clock=self.clock)
+        self.scheduler.join(self._together, max_rows)
+        self.told = list[tuple[str, float]]()
+        self.scheduler.observe(lambda tenant, _, ran: self.told.append((tenant, ran)))
+        self._gate, started = threading.Event(), threading.Event()
+        self.scheduler.submit("gate", "gate", lambda: (started.set(), self._gate.wait()))
+        assert started.wait(10)
+
+    def _together(self, items: Any) -> list[Any]:
+        self.batches.append(list(items))
+        self.clock.now += 1.0
+        return [lambda item=item: self._result(item) for item in items]
+
+    def _result(self, item: str) -> str:
+        if item.startswith("bad"):
+            raise ValueError(item)
+        return item
+
+    def submit(self, name: str, rows: int = 1, joint: bool = True) -> Future[str]:
+        def work() -> str:
+            self.batches.append([name])
+            self.clock.now += 1.0
+            return self._result(name)
+
+        how = Joint(rows, name) if joint else None
+        return self.scheduler.submit(name[:-1], name[:-1], work, joint=how)
+
+    def run(self) -> list[list[str]]:
+        self._gate.set()
+        self.scheduler.stop()
+        return self.batches
+
+
+def test_heads_of_lines_are_taken_together_as_far_as_the_rows_go() -> None:
+    crowd = Crowd(max_rows=3)
+    for name in ("a0", "b0", "c0", "d0"):
+        crowd.submit(name)
+    assert crowd.run() == [["a0", "b0", "c0"], ["d0"]]
+
+
+def test_a_session_keeps_its_order_and_what_is_not_joint_stays_alone() -> None:
+    crowd = Crowd(max_rows=8)
+    crowd.submit("a0", joint=False)
+    for name in ("a1", "b0", "b1", "c0"):
+        crowd.submit(name)
+    assert crowd.run() == [["a0"], ["b0", "c0", "a1"], ["b1"]]
+
+
+def test_time_is_shared_out_by_rows() -> None:
+    crowd = Crowd(max_rows=8)
+    crowd.submit("a0", rows=3)
+    crowd.submit("b0")
+    crowd.run()
+    assert crowd.told[-2:] == [("a", 0.75), ("b", 0.25)]
+
+
+def test_a_failure_is_that_tasks_own() -> None:
+    crowd = Crowd(max_rows=8)
+    futures = [crowd.submit(name) for name in ("a0", "bad0", "c0")]
+    futures.append(crowd.submit("d0"))
+    assert futures[3].cancel()
+    assert crowd.run() == [["a0", "bad0", "c0"]]
+    assert [futures[0].result(0), futures[2].result(0)] == ["a0", "c0"]
+    assert isinstance(futures[1].exception(0), ValueError)
+    assert crowd.scheduler.idle
+
+
+def test_one_alone_is_done_as_ever() -> None:
+    crowd = Crowd(max_rows=8)
+    future = crowd.submit("a0")
+    assert crowd.run() == [["a0"]]
+    assert future.result(0) == "a0"
+
+
+@pytest.fixture
+def returns() -> Iterator[Returns]:
+    yield Returns()
+
+
+def test_who_is_quick_is_waited_for_and_who_is_not_is_not(returns: Returns) -> None:
+    returns.answered("quick", 0.0, took_s=4.0)
+    assert returns.wait_s(0.4) == pytest.approx(0.6)
+    returns.came("quick", 0.5)
+    assert returns.wait_s(0.5) == 0.0
+    returns.answered("quick", 5.0, took_s=4.0)
+    returns.answered("slow", 5.0, took_s=4.0)
+    returns.came("slow", 8.0)
+    returns.answered("slow", 9.0, took_s=4.0)
+    assert returns.wait_s(9.0) == 0.0
+    returns.came("quick", 9.0)
+    returns.answered("quick", 9.5, took_s=4.0)
+    assert returns.wait_s(9.5) == 0.0  # it took four seconds the last time
+
+
+def test_who_does_not_come_back_is_forgotten(returns: Returns) -> None:
+    returns.answered("gone", 0.0, took_s=0.1)
+    assert returns.wait_s(100.0) == 0.0
+    assert not returns._sessions
