@@ -24,13 +24,17 @@ from benchmarks.report import Section
 
 LOG = logging.getLogger("benchmarks")
 RESULTS = Path(__file__).parent / "results"
-ORDER = ("step", "cores", "wire", "loss", "links", "tenants", "memory", "decoding")
+ORDER = ("step", "wire", "loss", "links", "tenants", "memory", "decoding")
 
 
 def main() -> None:
     """Runs benchmarks one after another and writes what they found."""
     logging.basicConfig(level="INFO", format="%(message)s")
-    parser = argparse.ArgumentParser(description=__doc__, prog="trunkline bench")
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        prog="trunkline bench",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(ORDER)}")
     parser.add_argument("--quick", action="store_true", help="few repetitions")
     parser.add_argument("--no-peers", action="store_true", help="install and run no peer")
@@ -53,7 +57,6 @@ def _runs(given: argparse.Namespace) -> dict[str, Callable[[], list[Section]]]:
     quick, peers = given.quick, not given.no_peers
     return {
         "step": lambda: step.measure(peers, 5 if quick else 15),
-        "cores": lambda: step.measure_cores(3 if quick else 9),
         "wire": lambda: wire.measure(quick),
         "loss": lambda: loss.measure(quick, given.e2e),
         "links": lambda: links.measure(quick),

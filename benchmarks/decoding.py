@@ -177,7 +177,7 @@ def _clients(folder: Path, address: str, tokens: int) -> float:
     command += ["--model", str(folder), "--tokens", str(tokens)]
     pipes: Any = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
     with ExitStack() as stack:
-        clients = [
+        clients: list[Any] = [
             stack.enter_context(subprocess.Popen([*command, "--seed", str(i)], **pipes))
             for i in range(STREAMS)
         ]

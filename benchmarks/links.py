@@ -153,8 +153,8 @@ def _steps(found: list[Found], links: tuple[Link, ...]) -> Section:
         )
         section.claims.append(Claim(f"{text} of its floor", over, BOUND))
     section.notes = [
-        f"GPT-2 small's size, split {SPLIT}, LoRA r=8, {BATCH}x{TOKENS} tokens, fused loss; latency "
-        "is the round trip. Compute: the same step over loopback, in turn with it.",
+        f"GPT-2 small's size, split {SPLIT}, LoRA r=8, {BATCH}x{TOKENS} tokens, fused loss; "
+        "a link's latency is its round trip. Compute: the same over loopback, in turn with it.",
         f"Floor: the larger of compute and all bytes at the link's rate plus {HOPS} round trips.",
     ]
     return section

@@ -34,7 +34,9 @@ LOG = logging.getLogger("memory")
 
 BATCH, TOKENS = 4, 128
 TENANTS = (1, 2, 4, 8, 16, 32)
-STEPS_EACH, HELD, STEP_PAIRS = 2, 4, 7
+STEPS_EACH, STEP_PAIRS = 2, 7
+HELD = {"retained": (1, 4)}
+MANY_HELD = (4, 16)
 ADAMW = OptimizerSettings("adamw", {"lr": 1e-4})
 IDLE_S = 3.5  # within 2 s of idleness freed memory goes back to the system
 KIB = 1024
@@ -137,27 +139,37 @@ def modes(scratch: Path) -> dict[str, tuple[str, ...]]:
     return found
 
 
-def held(model: str, flags: tuple[str, ...]) -> dict[str, float]:
-    """Bytes a token of forwards that wait for their backward, and what stays afterwards."""
+def held(model: str, flags: tuple[str, ...], counts: tuple[int, int]) -> dict[str, float]:
+    """Bytes a token of forwards that wait for their backward, and what stays afterwards.
+
+    Args:
+        model: Folder.
+        flags: Of the trunk.
+        counts: Few and many: the bytes are those of the forwards between, so that what a process
+            takes once, however many it holds, is not divided among them.
+    """
     with daemon(model, *flags) as trunk, TrainingClient(trunk.address, lora()) as client:
         for _ in range(2):
             step(client)
-        before, accounted = trunk.rss(), trunk.accounted()
+        before = trunk.rss()
         hidden_BTD = torch.randn(BATCH, TOKENS, WIDTH)
-        for number in range(HELD):
+        resident, accounted = [], []
+        for number in range(1, counts[-1] + 1):
             client.forward(hidden_BTD, request_id=f"held-{number}")
-        holding, reserved = trunk.rss(), trunk.accounted()
-        client.session.release([f"held-{number}" for number in range(HELD)], [])
+            if number in counts:
+                resident.append(trunk.rss())
+                accounted.append(trunk.accounted())
+        client.session.release([f"held-{n}" for n in range(1, counts[-1] + 1)], [])
         client.compute(hidden_BTD[:, :1])  # answered after the release
         after = trunk.rss()
         # Backward needs its memory too: that goes back as well.
         for _ in range(2):
             step(client)
         used = trunk.rss()
-    tokens = HELD * BATCH * TOKENS
+    tokens = (counts[1] - counts[0]) * BATCH * TOKENS
     return {
-        "resident": (holding - before) / tokens,
-        "accounted": (reserved - accounted) / tokens,
+        "resident": (resident[1] - resident[0]) / tokens,
+        "accounted": (accounted[1] - accounted[0]) / tokens,
         "left MiB": (max(after, used) - before) / MIB,
     }
 
@@ -183,7 +195,7 @@ def held_state(model: str, scratch: Path, pairs: int) -> Section:
     kinds = modes(scratch)
     seconds = step_seconds(model, kinds, pairs)
     for name, flags in kinds.items():
-        found = held(model, flags)
+        found = held(model, flags, HELD.get(name, MANY_HELD))
         row: Row = {"mode": name}
         row["resident KiB a token"] = found["resident"] / KIB
         row["accounted KiB a token"] = found["accounted"] / KIB
@@ -200,8 +212,9 @@ def held_state(model: str, scratch: Path, pairs: int) -> Section:
         Claim("recomputed: KiB a token", whole, 4.0),
     ]
     section.notes = [
-        f"{HELD} forwards of {BATCH}x{TOKENS} tokens held at once; a step is one of them with its "
-        f"backward and the optimizer, on the trunk alone, medians of {pairs} in turn.",
+        f"Forwards of {BATCH}x{TOKENS} tokens held at once: what those from the 1st to the 4th add "
+        "where they are retained, from the 4th to the 16th elsewhere. A step is one of them with "
+        f"its backward and the optimizer, on the trunk alone, medians of {pairs} in turn.",
         "Left afterwards: over the same trunk before, idle; the larger of after a release and "
         "after two more steps.",
     ]

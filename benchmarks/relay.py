@@ -152,7 +152,12 @@ def serve(target: str, link: Link) -> None:
             client, _ = listener.accept()
             server = socket.socket()
             _small_buffers(server)
-            server.connect((host, int(port)))
+            try:
+                server.connect((host, int(port)))
+            except OSError as error:
+                LOG.warning("%s does not answer: %s", target, error)
+                client.close()
+                continue
             for sock in (client, server):
                 sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             _Pipe(client, server, up)

@@ -1,7 +1,7 @@
 """How fast a tensor crosses from one process to another: ours, bare gRPC, protobuf, a socket.
 
 One way over loopback, from the beginning of encoding to the decoded tensor on the other side, of
-which a tiny message tells; nothing is subtracted, and all ways take turns. One more way carries
+which a tiny message tells; nothing is subtracted, all ways take turns. One more way carries
 bytes that are there already and are thrown away: what gRPC alone takes, whatever is done with it.
 
 ``python -m benchmarks.wire [--quick]``
@@ -14,6 +14,7 @@ import itertools
 import logging
 import multiprocessing
 import queue
+import random
 import socket
 import threading
 import time
@@ -99,9 +100,10 @@ def _claims(found: dict[str, Spread]) -> list[Claim]:
 def _rates(ways: dict[str, Way], tensor: torch.Tensor, rounds: int) -> dict[str, Spread]:
     rates: dict[str, list[float]] = {name: [] for name in ways}
     for turn in range(WARM_UP + rounds):
-        for name, send in ways.items():
+        # In another order each time: a way that follows itself, or its like, is served warm.
+        for name in random.Random(turn).sample(list(ways), len(ways)):
             began = time.perf_counter()
-            send(tensor)
+            ways[name](tensor)
             if turn >= WARM_UP:
                 rates[name].append(tensor.nbytes / (time.perf_counter() - began) / 1e9)
     return {name: Spread.of(values) for name, values in rates.items()}

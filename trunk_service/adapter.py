@@ -97,7 +97,8 @@ class TenantAdapter:
         self, request: ForwardRequest, input_BTD: torch.Tensor, past: DynamicCache | None
     ) -> torch.Tensor:
         """Runs the blocks on hidden states; keyed by step and micro where dropout draws."""
-        self.model.train(request.training)
+        if self.model.training != request.training:
+            self.model.train(request.training)  # visits every module: a token would feel it
         draws = request.training and self._draws
         key = ("dropout", self._seed, request.step, request.micro, "trunk")
         device = self._trunk.device

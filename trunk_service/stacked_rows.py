@@ -9,6 +9,7 @@ values.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 from typing import Any
 
@@ -19,6 +20,8 @@ from trunk_service.budget import ByteBudget
 from trunk_service.packed_rows import PackedRows
 
 _ROOM = 32
+# A session that leaves frees the stack on its own compute thread, perhaps while others are stacked.
+_links = threading.Lock()
 
 
 class StackedRows(Cache):  # type: ignore[misc]
@@ -52,8 +55,9 @@ class StackedRows(Cache):  # type: ignore[misc]
         for rows, tokens_L2BHSE in zip(self._slices, past, strict=True):
             start = self.column - tokens_L2BHSE.shape[-2]
             self._room_L2NHSE[:, :, rows, :, start : self.column] = tokens_L2BHSE
-        for member in members:
-            member.on_leave = self.free
+        with _links:
+            for member in members:
+                member.on_leave = self.free
         super().__init__(layers=[_Layer(self, index) for index in range(layers)])
 
     @property
@@ -101,14 +105,16 @@ class StackedRows(Cache):  # type: ignore[misc]
 
     def free(self) -> None:
         """Gives the memory back; the sessions' own rows are not touched."""
-        if self._budget is None:
-            return
-        budget, self._budget = self._budget, None
+        with _links:
+            if self._budget is None:
+                return
+            budget, self._budget = self._budget, None
+            for member in self.members:
+                if member.on_leave == self.free:
+                    member.on_leave = None
+            self.members = []
         self._room_L2NHSE = self._seen_NS = torch.empty(0)
         self.layers: list[Any] = []
-        for member in self.members:
-            member.on_leave = None
-        self.members = []
         budget.release(self._nbytes)
 
 

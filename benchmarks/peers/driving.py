@@ -10,6 +10,7 @@ import argparse
 import json
 import logging
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -26,6 +27,7 @@ from benchmarks.gpt2_small import VOCABULARY
 
 BATCH, TOKENS = 4, 128
 LEARNING_RATE = 1e-4
+END_TIMEOUT_S = 30.0
 
 Step = Callable[[torch.Tensor], float]
 
@@ -41,14 +43,17 @@ class Task:
     options: argparse.Namespace = field(default_factory=argparse.Namespace)
 
     def serve(self, step: Step) -> None:
-        """Steps as often as the harness asks, then returns."""
-        with socket.create_connection(self.control) as link, link.makefile("rw") as lines:
-            _say(lines, {"ready": True})
-            for line in lines:
-                order = json.loads(line)
-                if order["cmd"] != "step":
-                    return
-                _say(lines, _timed(step, batch(order["seed"])))
+        """Steps as often as the harness asks, then returns; this process must end soon after."""
+        try:
+            with socket.create_connection(self.control) as link, link.makefile("rw") as lines:
+                _say(lines, {"ready": True})
+                for line in lines:
+                    order = json.loads(line)
+                    if order["cmd"] != "step":
+                        return
+                    _say(lines, _timed(step, batch(order["seed"])))
+        finally:
+            _end_within(END_TIMEOUT_S)
 
 
 def task(*flags: str) -> Task:
@@ -92,6 +97,21 @@ def leave_with_parent() -> None:
         os._exit(0)
 
     threading.Thread(target=watch, daemon=True).start()
+
+
+def _end_within(seconds: float) -> None:
+    """Kills this driver and all it started if it lives longer: some libraries hang in their end.
+
+    The harness does so too, unless it was killed itself.
+    """
+
+    def end() -> None:
+        if os.getpgrp() == os.getsid(0):  # as the harness starts it, not a part of somebody's shell
+            os.killpg(os.getpgrp(), signal.SIGKILL)
+
+    timer = threading.Timer(seconds, end)
+    timer.daemon = True
+    timer.start()
 
 
 def _timed(step: Step, ids: torch.Tensor) -> dict[str, float]:

@@ -46,7 +46,7 @@ def identify(
 def main() -> None:
     """Runs the command line; exits 2 on an error that names what to change."""
     # The commands are registered by being imported, and importing them loads torch.
-    from client_service.cli import certs, chat, demo, export, gguf, model, train  # noqa: F401
+    from client_service.cli import bench, certs, chat, demo, export, gguf, model, train  # noqa: F401
 
     try:
         app()

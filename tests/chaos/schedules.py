@@ -41,9 +41,11 @@ class ManualScheduler:
 
     def __init__(self) -> None:
         self.queue: list[tuple[Callable[[], Any], Future[Any]]] = []
-        self.completed, self.idle = 0, True
+        self.completed, self.idle, self.max_joint_rows = 0, True, 0
 
-    def submit(self, tenant: str, session: str, work: Any, over_limit: bool = False) -> Future[Any]:
+    def submit(
+        self, tenant: str, session: str, work: Any, over_limit: bool = False, joint: Any = None
+    ) -> Future[Any]:
         future: Future[Any] = Future()
         self.queue.append((work, future))
         return future

@@ -138,6 +138,34 @@ def test_a_daemon_that_cannot_start_says_why(flags: list[str], said: str) -> Non
     assert said in done.stderr and "Traceback" not in done.stderr
 
 
+def test_a_run_with_every_way_to_be_faster(trunkd: Callable[..., Daemon], tmp_path: Path) -> None:
+    """Close to the plain run, for a third of its bytes; it resumes with the options it had."""
+    common = ["--trunk", trunkd().address, "--steps", "4", "--batch-size", "4", "--seq-len", "64"]
+    plain, fast = tmp_path / "plain", tmp_path / "fast"
+    options = ["--micro-batches", "2", "--wire-format", "int8", "--max-wire-drift", "0.05"]
+    for out, more in ((plain, []), (fast, [*options, "--fused-loss"])):
+        done = trunkline("train", "--out", str(out), *common, *more)
+        assert done.returncode == 0, done.stderr
+    rows = [
+        [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+        for out in (plain, fast)
+    ]
+    for exact, lossy in zip(*rows, strict=True):
+        assert lossy["loss"] == pytest.approx(exact["loss"], rel=5e-3)
+        assert lossy["bytes_sent"] < exact["bytes_sent"] / 3
+    settings = json.loads((fast / "run.json").read_text())["arguments"]
+    assert settings["wire_format"] == "int8" and settings["micro_batches"] == 2
+
+
+def test_bench_is_run_in_a_checkout(tmp_path: Path) -> None:
+    command = [str(BIN / "trunkline"), "bench", "--help"]
+    checkout = Path(__file__).parents[2]
+    here = subprocess.run(command, cwd=checkout, capture_output=True, text=True, timeout=170)
+    assert here.returncode == 0 and "decoding" in here.stdout
+    there = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=170)
+    assert there.returncode == 2 and "in a checkout" in there.stderr
+
+
 def test_sigterm_drains_and_exits_clean(tmp_path: Path) -> None:
     daemon = start_daemon(tmp_path, "--drain-timeout-s", "5")
     with grpc.insecure_channel(daemon.address) as channel:
