@@ -122,7 +122,7 @@ def _of_format(
     found = []
     with ExitStack() as stack:
         sides: dict[Link | None, Side] = {}
-        for link, where in {None: address, **networks}.items():
+        for link, where in [(None, address), *networks.items()]:
             side = sides[link] = Side.connect(model, where, wire_format)
             stack.callback(side.model.remote_trunk.close)
         for count in counts:
@@ -134,8 +134,8 @@ def _of_format(
                     side.step(ids_BT, count)
             compute_s = median(sides[None].seconds)
             for link, side in sides.items():
-                step_s, sent, received = map(median, (side.seconds, side.sent, side.received))
-                one = Found(link, wire_format, count, step_s, compute_s, sent, received)
+                step_s, traffic = median(side.seconds), (median(side.sent), median(side.received))
+                one = Found(link, wire_format, count, step_s, compute_s, *traffic)
                 LOG.info("%s, %s, %d: %.2f s", link or LOOPBACK, wire_format, count, step_s)
                 found.append(one)
                 side.forget()

@@ -225,8 +225,9 @@ def measure(quick: bool = False) -> list[Section]:
     """Of tenants and of held state."""
     counts, pairs = ((1, 4), 2) if quick else (TENANTS, STEP_PAIRS)
     with tempfile.TemporaryDirectory() as scratch:
-        model = str(gpt2_small(Path(scratch) / "model"))
-        return [tenants(model, counts), held_state(model, Path(scratch) / "spill", pairs)]
+        model, spill = str(gpt2_small(Path(scratch) / "model")), Path(scratch) / "spill"
+        spill.mkdir()
+        return [tenants(model, counts), held_state(model, spill, pairs)]
 
 
 def main() -> None:

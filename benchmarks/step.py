@@ -60,7 +60,8 @@ def _systems(peers: bool, pairs: int) -> Section:
     )
     _claim_step(section, found)
     section.notes += [
-        "Systems step in turn within one run; ratios are of steps in the same turn; "
+        "Systems take turns of two steps within one run, of which the second counts; ratios are of "
+        "the same turn; "
         f"median (least to most, n={pairs}).",
         "CPU is user and system time of all processes of a system; bytes are what passed over the "
         "loopback interface in the step with the fewest, both ways, headers included.",

@@ -27,7 +27,7 @@ from transformers.utils.generic import can_return_tuple
 IGNORED = -100
 """The label of positions that have no loss."""
 
-CHUNK_ROWS = 256
+CHUNK_ROWS = 512
 """Most positions at a time: a CPU's matrix products want many, memory few."""
 
 # What families that change the head's logits call it in their configuration; None and 1 change

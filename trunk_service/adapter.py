@@ -53,6 +53,8 @@ class TenantAdapter:
         self._trunk, self._seed, self._budget = trunk, request.seed, budget
         self.model = model
         self._draws = draws_dropout(model)
+        self._training: bool | None = None
+        """The mode of all modules; None if some may be new."""
         info = trunk.info
         with keyed_generator("footprint", device=trunk.device):
             model.train()
@@ -97,8 +99,9 @@ class TenantAdapter:
         self, request: ForwardRequest, input_BTD: torch.Tensor, past: DynamicCache | None
     ) -> torch.Tensor:
         """Runs the blocks on hidden states; keyed by step and micro where dropout draws."""
-        if self.model.training != request.training:
+        if self._training is not request.training:
             self.model.train(request.training)  # visits every module: a token would feel it
+            self._training = request.training
         draws = request.training and self._draws
         key = ("dropout", self._seed, request.step, request.micro, "trunk")
         device = self._trunk.device
@@ -236,7 +239,7 @@ class TenantAdapter:
         if weights:
             before = self.parameters
             load_adapter_weights(self.model, weights)
-            self._penalty = None
+            self._penalty = self._training = None
             self._list_trainable()
             if any(a is not b for a, b in zip(before, self.parameters, strict=True)):
                 # AdaLoRA builds its matrices anew in the ranks of the file.
@@ -244,7 +247,7 @@ class TenantAdapter:
         self._optimizer = restored
         if allocation:
             restore_allocator(self._tuner(), allocation)
-            self._penalty = None
+            self._penalty = self._training = None
 
     def importance(self, update: bool, report: bool) -> Weights:
         """AdaLoRA: takes the last step's gradients into the scores, and answers them.
@@ -266,6 +269,7 @@ class TenantAdapter:
             AdapterError: If the adapter is not AdaLoRA, or what is kept does not fit it.
         """
         adalora.keep(self._tuner(), kept, last)
+        self._training = None
 
     def close(self) -> None:
         """Drops gradients and optimizer."""

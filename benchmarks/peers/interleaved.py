@@ -18,7 +18,7 @@ from benchmarks.peers.running import Running, Sample, System, SystemFailedError
 from shared.adapters.wrap import wrap
 
 LOG = logging.getLogger("benchmarks")
-WARM_UP = 2
+WARM_UP = 1
 
 Entry = System | Callable[[], System]
 
@@ -56,7 +56,9 @@ def interleave(named: Sequence[tuple[str, Entry]], pairs: int) -> dict[str, Meas
 
     Args:
         named: Systems, or what makes them, by name.
-        pairs: How often, after two rounds of warming up.
+        pairs: How often, after a round of warming up. Every turn is two steps, of which the second
+            counts: training is step after step, and after a pause as long as all the other
+            systems' turns caches are cold and freed memory has gone back to the system.
 
     Raises:
         SystemFailedError: If a required system fails; another's failure is noted in what it
@@ -76,7 +78,8 @@ def interleave(named: Sequence[tuple[str, Entry]], pairs: int) -> dict[str, Meas
             for name in _rotated(list(running), pair):
                 measured = found[name]
                 with _failure_of(measured, _required(entries[name])):
-                    sample = running[name].step(pair)
+                    measured.warm_up.append(running[name].step(2 * pair))
+                    sample = running[name].step(2 * pair + 1)
                     (measured.warm_up if pair < WARM_UP else measured.samples).append(sample)
                     LOG.info("%d %s: %.2f s, CPU %.2f s", pair, name, sample.seconds, sample.cpu_s)
                 if measured.failure:

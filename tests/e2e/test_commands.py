@@ -152,7 +152,8 @@ def test_a_run_with_every_way_to_be_faster(trunkd: Callable[..., Daemon], tmp_pa
     ]
     for exact, lossy in zip(*rows, strict=True):
         assert lossy["loss"] == pytest.approx(exact["loss"], rel=5e-3)
-        assert lossy["bytes_sent"] < exact["bytes_sent"] / 3
+        if lossy["step"] > 1:  # which compares itself with float32
+            assert lossy["bytes_sent"] < exact["bytes_sent"] / 3
     settings = json.loads((fast / "run.json").read_text())["arguments"]
     assert settings["wire_format"] == "int8" and settings["micro_batches"] == 2
 

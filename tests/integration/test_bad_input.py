@@ -101,7 +101,7 @@ def raw(session: TrunkSession, tensors: list[pb.TensorSpec], data: bytes) -> Non
     link._next_id += 1
     future: Future[Any] = Future()
     link._connection._waiting[request.id] = future
-    link._connection._outgoing.put(encode_frame(request, data))
+    link._connection._outgoing.put(iter([encode_frame(request, data)]))
     future.result(timeout=60)
 
 
