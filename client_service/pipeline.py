@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 
-from client_service.remote_trunk import RemoteTrunk
 from client_service.turns import AbandonedError, Cut, Turn, Turns, in_turn
 from shared.errors import InvalidInputError
 
@@ -95,7 +94,7 @@ class _Run:
     ) -> None:
         self._model, self._work, self._turns = model, work, turns
         self._loss_of, self._scale = loss_of, scale
-        self._remote: RemoteTrunk = model.remote_trunk
+        self._remote: Any = model.remote_trunk
         self._left = iter(range(len(work)))
         self._lock = threading.Lock()
         self._losses = [0.0] * len(work)
