@@ -24,7 +24,7 @@ from benchmarks.report import Section
 
 LOG = logging.getLogger("benchmarks")
 RESULTS = Path(__file__).parent / "results"
-ORDER = ("step", "wire", "loss", "links", "tenants", "memory", "decoding")
+ORDER = ("step", "installed", "wire", "loss", "links", "tenants", "memory", "decoding")
 
 
 def main() -> None:
@@ -57,6 +57,7 @@ def _runs(given: argparse.Namespace) -> dict[str, Callable[[], list[Section]]]:
     quick, peers = given.quick, not given.no_peers
     return {
         "step": lambda: step.measure(peers, 5 if quick else 15),
+        "installed": lambda: step.measure_installed(5 if quick else 15),
         "wire": lambda: wire.measure(quick),
         "loss": lambda: loss.measure(quick, given.e2e),
         "links": lambda: links.measure(quick),

@@ -22,6 +22,8 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing, contextmanager
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +31,7 @@ import torch
 from transformers import GPT2LMHeadModel
 
 from benchmarks.gpt2_small import SPLIT, VOCABULARY, WIDTH, gpt2_small, lora
+from benchmarks.processes import cpu_seconds
 from benchmarks.report import Claim, Row, Section, Spread
 from client_service.calls import ForwardCall, SessionTerms
 from client_service.local_trunk import local_trunk
@@ -41,6 +44,19 @@ LOG = logging.getLogger("benchmarks")
 PROMPT, TOKENS, STREAMS = 16, 64, 8
 BATCHING = "--batch-decoding"
 Figure = Callable[[], float]
+"""Generates, and tells the tokens per second."""
+Tokens = dict[str, tuple[int, Figure]]
+"""Figures by name, with the tokens that each generates."""
+
+
+@dataclass
+class Found:
+    """One figure, taken several times."""
+
+    rates: list[float] = field(default_factory=list)
+    cpu_ms: list[float] = field(default_factory=list)
+    """User and system time of all processes per token, prompts included: what other work on the
+    machine disturbs less."""
 
 
 def measure(quick: bool = False) -> list[Section]:
@@ -55,33 +71,42 @@ def measure(quick: bool = False) -> list[Section]:
         found = _in_turn({**ends, **_trunk_figures(stack, plain, batched, tokens)}, repeats)
         sections = [_ends_section(found), _trunk_section(found)]
         clients = {
-            "eight client processes": lambda: _clients(folder, plain, tokens),
-            f"eight client processes, {BATCHING}": lambda: _clients(folder, batched, tokens),
+            name: (STREAMS * tokens, partial(_clients, folder, address, tokens))
+            for name, address in (
+                ("eight client processes", plain),
+                (f"eight client processes, {BATCHING}", batched),
+            )
         }
         found = _in_turn(clients, 1 if quick else 3, warm=0)
         sections.append(_clients_section(found))
     return sections
 
 
-def _in_turn(figures: dict[str, Figure], repeats: int, warm: int = 1) -> dict[str, list[float]]:
+def _in_turn(figures: Tokens, repeats: int, warm: int = 1) -> dict[str, Found]:
     """Takes every figure in turn, over and over."""
-    found: dict[str, list[float]] = {name: [] for name in figures}
+    found = {name: Found() for name in figures}
     for repeat in range(warm + repeats):
-        for name, figure in figures.items():
-            value = figure()
+        for name, (tokens, figure) in figures.items():
+            before = cpu_seconds()
+            rate = figure()
+            cpu_ms = 1000 * (cpu_seconds() - before) / tokens
             if repeat >= warm:
-                found[name].append(value)
+                found[name].rates.append(rate)
+                found[name].cpu_ms.append(cpu_ms)
         LOG.info("decoding: %d of %d", repeat + 1, warm + repeats)
     return found
 
 
 @contextmanager
-def _ends(folder: Path, address: str, tokens: int) -> Iterator[dict[str, Figure]]:
+def _ends(folder: Path, address: str, tokens: int) -> Iterator[Tokens]:
     whole = wrap(GPT2LMHeadModel.from_pretrained(folder), lora(), 0, "whole").eval()
     split = SplitModelForCausalLM.from_pretrained(folder, address, peft_config=lora()).eval()
     with closing(split.remote_trunk):
         yield {
-            f"{name}, {rows} prompt{'s' * (rows > 1)}": _generate(model, rows, tokens)
+            f"{name}, {rows} prompt{'s' * (rows > 1)}": (
+                rows * tokens,
+                _generate(model, rows, tokens),
+            )
             for rows in (1, STREAMS)
             for name, model in (("whole model", whole), ("split", split))
         }
@@ -108,8 +133,8 @@ def _generate(model: Any, rows: int, tokens: int) -> Figure:
     return run
 
 
-def _trunk_figures(stack: ExitStack, plain: str, batched: str, tokens: int) -> dict[str, Figure]:
-    figures: dict[str, Figure] = {}
+def _trunk_figures(stack: ExitStack, plain: str, batched: str, tokens: int) -> Tokens:
+    figures: Tokens = {}
     for kind, config_json in (("LoRA", config_to_json(lora())), ("frozen", "")):
         for how, address in (("each alone", plain), ("batched", batched)):
             sessions = [
@@ -123,7 +148,7 @@ def _trunk_figures(stack: ExitStack, plain: str, batched: str, tokens: int) -> d
             for count in (1, STREAMS):
                 if how == "each alone" or count > 1:
                     name = f"{kind}, {count} stream{'s' * (count > 1)}, {how}"
-                    figures[name] = _streams(sessions[:count], tokens)
+                    figures[name] = count * tokens, _streams(sessions[:count], tokens)
     return figures
 
 
@@ -209,17 +234,24 @@ def _say(word: str) -> None:
     sys.stdout.flush()
 
 
-def _rows(found: dict[str, list[float]], names: Sequence[str]) -> list[Row]:
-    return [{"what": name, "tokens/s": Spread.of(found[name])} for name in names]
+def _rows(found: dict[str, Found], names: Sequence[str], cpu: bool = True) -> list[Row]:
+    rows: list[Row] = [{"what": n, "tokens/s": Spread.of(found[n].rates)} for n in names]
+    for row in rows if cpu else ():
+        row["CPU ms a token"] = Spread.of(found[row["what"]].cpu_ms)
+    return rows
 
 
-def _ratio(found: dict[str, list[float]], name: str, to: str) -> float:
+def _ratio(found: dict[str, Found], name: str, to: str) -> float:
     """The median of the ratios of figures that were taken one after the other."""
-    pairs = zip(found[name], found[to], strict=True)
+    pairs = zip(found[name].rates, found[to].rates, strict=True)
     return Spread.of([one / other for one, other in pairs]).median
 
 
-def _ends_section(found: dict[str, list[float]]) -> Section:
+def _cpu_ratio(found: dict[str, Found], name: str, to: str) -> float:
+    return Spread.of(found[name].cpu_ms).median / Spread.of(found[to].cpu_ms).median
+
+
+def _ends_section(found: dict[str, Found]) -> Section:
     names = [name for name in found if "prompt" in name]
     ratio = _ratio(found, "split, 1 prompt", "whole model, 1 prompt")
     eight = _ratio(found, f"split, {STREAMS} prompts", f"whole model, {STREAMS} prompts")
@@ -234,7 +266,7 @@ def _ends_section(found: dict[str, list[float]]) -> Section:
     )
 
 
-def _trunk_section(found: dict[str, list[float]]) -> Section:
+def _trunk_section(found: dict[str, Found]) -> Section:
     names = [name for name in found if "stream" in name]
     claims = [
         Claim(
@@ -245,29 +277,30 @@ def _trunk_section(found: dict[str, list[float]]) -> Section:
         )
         for kind in ("LoRA", "frozen")
     ]
-    gains = {
-        kind: _ratio(
-            found,
-            f"{kind}, {STREAMS} streams, batched",
-            f"{kind}, {STREAMS} streams, each alone",
-        )
+    gains = [
+        f"{kind}: of what eight streams take each alone, {BATCHING} gives "
+        f"{_ratio(found, batched, alone):.2f} x the tokens per second for "
+        f"{_cpu_ratio(found, batched, alone):.2f} x the CPU"
         for kind in ("LoRA", "frozen")
-    }
+        for batched, alone in [
+            (f"{kind}, {STREAMS} streams, batched", f"{kind}, {STREAMS} streams, each alone")
+        ]
+    ]
     return Section(
         "decoding_trunk",
         "The trunk alone: one-token forwards of tenants whose ends are not computed",
         _rows(found, names),
         claims,
-        [f"{kind}: {BATCHING} gives {gain:.2f} x" for kind, gain in gains.items()],
+        gains,
     )
 
 
-def _clients_section(found: dict[str, list[float]]) -> Section:
+def _clients_section(found: dict[str, Found]) -> Section:
     cores = len(os.sched_getaffinity(0))
     return Section(
         "decoding_clients",
         "Eight client processes beside the trunk, each with its own ends",
-        _rows(found, list(found)),
+        _rows(found, list(found), cpu=False),
         notes=[f"nine processes on {cores} cores: the eight heads are most of the work"],
     )
 

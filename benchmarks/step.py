@@ -42,6 +42,14 @@ def measure(peers: bool = True, pairs: int = 15) -> list[Section]:
     return [_systems(peers, pairs), _one_core_sides(min(pairs, ONE_CORE_PAIRS))]
 
 
+def measure_installed(pairs: int = 15) -> list[Section]:
+    """Measures a step of the systems that need nothing but what is installed anyway."""
+    section = _systems(False, pairs)
+    section.name = "step_installed"
+    section.title += "; without other libraries"
+    return [section]
+
+
 def _systems(peers: bool, pairs: int) -> Section:
     named: list[tuple[str, Entry]] = [
         (WHOLE, System("benchmarks.peers.whole", required=True)),
