@@ -19,7 +19,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, field
@@ -45,7 +45,7 @@ PROMPT, TOKENS, STREAMS = 16, 64, 8
 BATCHING = "--batch-decoding"
 Figure = Callable[[], float]
 """Generates, and tells the tokens per second."""
-Tokens = dict[str, tuple[int, Figure]]
+Tokens = Mapping[str, tuple[int, Figure]]
 """Figures by name, with the tokens that each generates."""
 
 
@@ -134,7 +134,7 @@ def _generate(model: Any, rows: int, tokens: int) -> Figure:
 
 
 def _trunk_figures(stack: ExitStack, plain: str, batched: str, tokens: int) -> Tokens:
-    figures: Tokens = {}
+    figures: dict[str, tuple[int, Figure]] = {}
     for kind, config_json in (("LoRA", config_to_json(lora())), ("frozen", "")):
         for how, address in (("each alone", plain), ("batched", batched)):
             sessions = [

@@ -143,6 +143,18 @@ def _fused_forward(
     )
 
 
+# Logits are the largest thing a client makes; fresh memory for them costs a page fault for every
+# 4 KiB at every step. Who takes the buffer has it alone, whatever other threads compute.
+_spare_buffers: dict[torch.device, torch.Tensor] = {}
+
+
+def _take_buffer(count: int, device: torch.device) -> torch.Tensor:
+    spare = _spare_buffers.pop(device, None)
+    if spare is not None and len(spare) >= count:
+        return spare
+    return torch.empty(count, dtype=torch.float32, device=device)
+
+
 class _SummedLoss(torch.autograd.Function):
     """The sum over positions, so that whoever divides it also divides its gradients."""
 
@@ -163,9 +175,7 @@ class _SummedLoss(torch.autograd.Function):
         total = torch.zeros((), dtype=torch.float32, device=hidden_ND.device)
         # Chunks of one size: a small last one would be the slowest.
         chunks = kept_K.chunk(max(1, math.ceil(len(kept_K) / CHUNK_ROWS)))
-        buffer = torch.empty(
-            len(chunks[0]) * len(weight_VD), dtype=torch.float32, device=hidden_ND.device
-        )
+        buffer = _take_buffer(len(chunks[0]) * len(weight_VD), hidden_ND.device)
         for rows_C in chunks:
             hidden_CD = hidden_ND[rows_C]
             # Vocabulary first: for both products the faster way round, and for the weight's
@@ -180,6 +190,7 @@ class _SummedLoss(torch.autograd.Function):
                 _add_product(grad_weight_VD, grad_VC, hidden_CD)
             if grad_hidden_ND is not None:
                 grad_hidden_ND[rows_C] = grad_VC.T @ weight_VD
+        _spare_buffers[hidden_ND.device] = buffer
         ctx.nothing_counts = not len(kept_K)
         ctx.save_for_backward(grad_hidden_ND, grad_weight_VD, grad_bias_V)
         ctx.dtypes = (hidden_ND.dtype, weight_VD.dtype, weight_VD.dtype)
