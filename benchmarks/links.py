@@ -53,6 +53,13 @@ class Side:
         trained = [p for p in split.parameters() if p.requires_grad]
         return cls(split, torch.optim.AdamW(trained, lr=1e-4))
 
+    def share_weights(self, other: Side) -> None:
+        """Takes the other's frozen weights in the place of its own, which are the same."""
+        weights = dict(other.model.named_parameters())
+        for name, parameter in self.model.named_parameters():
+            if not parameter.requires_grad:
+                parameter.data = weights[name].data
+
     def step(self, ids_BT: torch.Tensor, count: int) -> None:
         """One step with so many micro-batches in flight."""
         traffic = self.model.remote_trunk.session.traffic
@@ -125,6 +132,7 @@ def _of_format(
         for link, where in [(None, address), *networks.items()]:
             side = sides[link] = Side.connect(model, where, wire_format)
             stack.callback(side.model.remote_trunk.close)
+            side.share_weights(sides[None])
         for count in counts:
             for number in range(1 + (2 if quick else STEPS)):
                 ids_BT = torch.randint(0, VOCABULARY, (BATCH, TOKENS), generator=generator)

@@ -251,7 +251,7 @@ def allocate_from_one_arena() -> None:
 
     gRPC's, the event loop's and the compute threads' hand tensors to each other. With an arena for
     each, glibc keeps parts of all of them, 10 to 25 MiB after held state was freed; with one it
-    gives back all but 1 MiB. Large tensors have their own pages, so threads hardly ever wait for it.
+    gives back all but 1 MiB. Threads hardly ever wait for it: large tensors have their own pages.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None and "MALLOC_ARENA_MAX" not in os.environ:

@@ -409,6 +409,32 @@ def test_one_alone_is_done_as_ever() -> None:
     assert future.result(0) == "a0"
 
 
+def test_tasks_are_done_together_on_one_thread_at_a_time() -> None:
+    scheduler = Scheduler(workers=2, threads_per_worker=1)
+    inside, go_on, batches = threading.Event(), threading.Event(), list[list[str]]()
+
+    def together(items: Any) -> list[Any]:
+        batches.append(list(items))
+        inside.set()
+        assert go_on.wait(10)
+        return [str for _ in items]
+
+    scheduler.join(together, 2)
+    gate, held = threading.Event(), threading.Barrier(3)
+    for worker in "xy":
+        scheduler.submit(worker, worker, lambda: (held.wait(10), gate.wait(10)))
+    held.wait(10)
+    for name in "abcd":
+        scheduler.submit(name, name, str, joint=Joint(1, name))
+    gate.set()
+    assert inside.wait(10)
+    plain = scheduler.submit("e", "e", lambda: len(batches))
+    assert plain.result(10) == 1  # the other thread does this, and leaves the joint ones
+    go_on.set()
+    scheduler.stop()
+    assert batches == [["a", "b"], ["c", "d"]]
+
+
 @pytest.fixture
 def returns() -> Iterator[Returns]:
     yield Returns()
