@@ -6,7 +6,6 @@ the network added is the difference. The relay that stands for the network runs 
 
 from __future__ import annotations
 
-import argparse
 import logging
 import tempfile
 import time
@@ -21,7 +20,7 @@ import torch
 from benchmarks.gpt2_small import SPLIT, VOCABULARY, gpt2_small, lora
 from benchmarks.processes import MIB
 from benchmarks.relay import LINKS, Link, relay
-from benchmarks.report import Claim, Row, Section
+from benchmarks.report import Claim, Row, Section, run_alone
 from client_service.local_trunk import local_trunk
 from client_service.pipeline import accumulate, cut_batch
 from client_service.split_model import SplitModelForCausalLM
@@ -193,14 +192,5 @@ def _bytes(found: list[Found], formats: tuple[str, ...]) -> Section:
     return section
 
 
-def main() -> None:
-    """Measures and shows."""
-    logging.basicConfig(level="INFO", format="%(message)s")
-    arguments = argparse.ArgumentParser(description=__doc__)
-    arguments.add_argument("--quick", action="store_true", help="less often, to see that it runs")
-    for section in measure(arguments.parse_args().quick):
-        LOG.info("%s", section.as_markdown())
-
-
 if __name__ == "__main__":
-    main()
+    run_alone(measure, __doc__)

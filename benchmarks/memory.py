@@ -6,7 +6,6 @@ give freed memory back; what the trunk itself accounts for stands beside it.
 
 from __future__ import annotations
 
-import argparse
 import logging
 import re
 import socket
@@ -24,7 +23,7 @@ import torch
 
 from benchmarks.gpt2_small import LAYERS_ON_TRUNK, SPLIT, WIDTH, gpt2_small, lora
 from benchmarks.processes import MIB, trunk_processes
-from benchmarks.report import Claim, Row, Section
+from benchmarks.report import Claim, Row, Section, run_alone
 from client_service.local_trunk import local_trunk
 from client_service.optimizer_spec import OptimizerSettings
 from client_service.training_client import TrainingClient
@@ -230,14 +229,5 @@ def measure(quick: bool = False) -> list[Section]:
         return [tenants(model, counts), held_state(model, spill, pairs)]
 
 
-def main() -> None:
-    """Measures and shows."""
-    logging.basicConfig(level="INFO", format="%(message)s")
-    arguments = argparse.ArgumentParser(description=__doc__)
-    arguments.add_argument("--quick", action="store_true", help="less often, to see that it runs")
-    for section in measure(arguments.parse_args().quick):
-        LOG.info("%s", section.as_markdown())
-
-
 if __name__ == "__main__":
-    main()
+    run_alone(measure, __doc__)

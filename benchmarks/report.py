@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import argparse
 import logging
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -86,3 +87,11 @@ def log_sections(sections: Sequence[Section]) -> None:
     """Shows what was found, as Markdown."""
     for section in sections:
         logging.getLogger("benchmarks").info("%s", section.as_markdown())
+
+
+def run_alone(measure: Callable[[bool], list[Section]], description: str | None) -> None:
+    """Runs one benchmark from the command line and shows what it found."""
+    logging.basicConfig(level="INFO", format="%(message)s")
+    arguments = argparse.ArgumentParser(description=description)
+    arguments.add_argument("--quick", action="store_true", help="less often, to see that it runs")
+    log_sections(measure(arguments.parse_args().quick))

@@ -8,7 +8,6 @@ model's ends would take them on a machine of their own.
 
 from __future__ import annotations
 
-import argparse
 import logging
 import os
 import tempfile
@@ -24,7 +23,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from benchmarks.gpt2_small import LAYERS_ON_TRUNK, SPLIT, WIDTH, gpt2_small, lora
 from benchmarks.processes import cpu_seconds, trunk_processes
-from benchmarks.report import Claim, Row, Section
+from benchmarks.report import Claim, Row, Section, run_alone
 from client_service.local_trunk import local_trunk
 from client_service.optimizer_spec import OptimizerSettings
 from client_service.training_client import TrainingClient
@@ -243,14 +242,5 @@ def _row(name: str, tenants: int, loads: list[Load], alone: float) -> Row:
     }
 
 
-def main() -> None:
-    """Measures and shows."""
-    logging.basicConfig(level="INFO", format="%(message)s")
-    arguments = argparse.ArgumentParser(description=__doc__)
-    arguments.add_argument("--quick", action="store_true", help="less often, to see that it runs")
-    for section in measure(arguments.parse_args().quick):
-        LOG.info("%s", section.as_markdown())
-
-
 if __name__ == "__main__":
-    main()
+    run_alone(measure, __doc__)

@@ -9,7 +9,6 @@ bytes that are there already and are thrown away: what gRPC alone takes, whateve
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import logging
 import multiprocessing
@@ -26,7 +25,7 @@ from typing import Any
 import grpc
 import torch
 
-from benchmarks.report import Claim, Row, Section, Spread
+from benchmarks.report import Claim, Row, Section, Spread, run_alone
 from benchmarks.wire_receiver import (
     ACKNOWLEDGED,
     LENGTH,
@@ -233,14 +232,5 @@ def _send_raw(connection: socket.socket, tensor: torch.Tensor) -> None:
     assert connection.recv(1) == ACKNOWLEDGED
 
 
-def main() -> None:
-    """Measures, and shows the table."""
-    logging.basicConfig(level="INFO", format="%(message)s")
-    arguments = argparse.ArgumentParser(description=__doc__)
-    arguments.add_argument("--quick", action="store_true", help="few rounds")
-    for section in measure(arguments.parse_args().quick):
-        LOG.info("%s", section.as_markdown())
-
-
 if __name__ == "__main__":
-    main()
+    run_alone(measure, __doc__)

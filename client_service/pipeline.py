@@ -76,6 +76,11 @@ def accumulate(
     total = sum(counts)
     if not total:
         raise InvalidInputError(f"{len(micro_batches)} micro-batches have no labelled token")
+    if getattr(model, "remote_trunk", None) is None:
+        raise InvalidInputError(
+            f"a {type(model).__name__} is not split: accepted is what "
+            "SplitModelForCausalLM.from_pretrained gave, or PEFT around it"
+        )
     # Its loss would be a mean over nothing.
     work = [(b, n / total) for b, n in zip(micro_batches, counts, strict=True) if n]
     seed = int(torch.randint(2**62, ()))

@@ -41,6 +41,15 @@ class _Progress:
     accumulated: bool = False
 
 
+class _Here(threading.local):
+    """What one thread does, of the micro-batches that several have in flight."""
+
+    exact = False
+    """Whether it repeats its last forward in float32."""
+    micro = 0
+    """Number of that forward, which keys dropout."""
+
+
 @dataclass(frozen=True)
 class Penalty:
     """AdaLoRA's orthogonality term of the trunk's matrices, differentiable in training."""
@@ -71,7 +80,7 @@ class RemoteTrunk:
         self.saved_by_peft = False
         """Whether the model's ``save_pretrained`` joins the trunk's adapter with the client's."""
         self._dropped: collections.deque[tuple[str, str]] = collections.deque()
-        self._here = threading.local()
+        self._here = _Here()
 
     @property
     def active(self) -> str:
@@ -108,9 +117,10 @@ class RemoteTrunk:
         self._release_dropped()
         call = self._call(attention_mask, position_ids, training)
         wanted = hidden_BTD.requires_grad or self.trainable
-        if not (torch.is_grad_enabled() and wanted):
-            return self._ask(hidden_BTD, call)
         progress = self._now
+        if not (torch.is_grad_enabled() and wanted):
+            self._here.micro = call.micro
+            return self._ask(hidden_BTD, call)
         call = replace(call, request_id=uuid.uuid4().hex, keep_graph=True, micro=progress.micro)
         self._here.micro = progress.micro
         progress.micro += 1
@@ -258,14 +268,13 @@ class RemoteTrunk:
     ) -> ForwardCall:
         # One that is frozen on the trunk has no name there.
         bare = self._without_adapter or (self._active != "" and not self._now.trainable)
-        exact = getattr(self._here, "exact", False)
         return ForwardCall(
             attention_mask,
             position_ids,
             training=training,
             step=self._now.step,
-            micro=self._here.micro if exact else 0,
-            in_float32=exact,
+            micro=self._here.micro if self._here.exact else 0,
+            in_float32=self._here.exact,
             adapter="" if bare else self._active,
             without_adapter=bare,
         )

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from client_service.random_state import random_tensors, restore_torch
 from shared.seeding import seed_from
 
 _FINISHED = 1 << 30
@@ -41,7 +42,7 @@ class Turns:
         self._wanting: set[int] = set()
         self._in_flight = in_flight
         self._busy = self._abandoned = False
-        self._random = [_RandomState.seeded(seed, micro) for micro in range(count)]
+        self._random = [_seeded(seed, micro) for micro in range(count)]
 
     def take(self, micro: int) -> None:
         """Waits until this micro-batch may compute its next stage.
@@ -57,11 +58,11 @@ class Turns:
                 raise AbandonedError
             self._busy = True
             self._passed[micro] += 1
-        self._random[micro].swap()
+        self._swap_random(micro)
 
     def give(self, micro: int, finished: bool = False) -> None:
         """Lets another one compute."""
-        self._random[micro].swap()
+        self._swap_random(micro)
         with self._changed:
             self._busy = False
             if finished:
@@ -73,6 +74,12 @@ class Turns:
         with self._changed:
             self._abandoned = True
             self._changed.notify_all()
+
+    def _swap_random(self, micro: int) -> None:
+        """Exchanges a micro-batch's own generators' states with torch's."""
+        before = random_tensors()
+        restore_torch(self._random[micro])
+        self._random[micro] = before
 
     def _next(self) -> int | None:
         """Who computes next: one that has not begun before one with a loss, before one below."""
@@ -89,32 +96,11 @@ class Turns:
         return stage > 0 or begun < self._in_flight
 
 
-@dataclass
-class _RandomState:
-    """A micro-batch's own generators, in the place of torch's default ones during its turns."""
-
-    cpu: torch.Tensor
-    cuda: list[torch.Tensor] = field(default_factory=list)
-
-    @classmethod
-    def seeded(cls, seed: int, micro: int) -> _RandomState:
-        own = seed_from("micro-batch", seed, micro)
-        cuda = []
-        if torch.cuda.is_initialized():
-            for device in range(torch.cuda.device_count()):
-                generator = torch.Generator(device=f"cuda:{device}").manual_seed(own)
-                cuda.append(generator.get_state())
-        return cls(torch.Generator().manual_seed(own).get_state(), cuda)
-
-    def swap(self) -> None:
-        """Exchanges this state with the default generators'."""
-        before = torch.get_rng_state()
-        torch.set_rng_state(self.cpu)
-        self.cpu = before
-        if self.cuda:
-            cuda = torch.cuda.get_rng_state_all()
-            torch.cuda.set_rng_state_all(self.cuda)
-            self.cuda = cuda
+def _seeded(seed: int, micro: int) -> dict[str, torch.Tensor]:
+    """The states of a micro-batch's own generators."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed_from("micro-batch", seed, micro))
+        return random_tensors()
 
 
 @dataclass

@@ -18,7 +18,7 @@ from client_service.turns import Turns
 from shared.adapters.wrap import wrap
 from shared.errors import InvalidInputError, ReusedRequestError
 from tests.conftest import Daemon
-from tests.models import VOCAB, save_tiny_model
+from tests.models import VOCAB, save_tiny_model, tiny_model
 
 Start = Callable[..., Daemon]
 
@@ -149,12 +149,14 @@ def test_a_failure_ends_all_and_leaves_the_session_usable(trunkd: Start, tmp_pat
     split.remote_trunk.close()
 
 
-def test_what_cannot_be_trained_is_refused(bundled_trunk: Daemon) -> None:
+def test_what_cannot_be_trained_is_refused() -> None:
     ids = torch.zeros(2, 4, dtype=torch.int64)
     with pytest.raises(InvalidInputError, match="no labelled token"):
         accumulate(None, [{"input_ids": ids, "labels": torch.full_like(ids, -100)}])
     with pytest.raises(InvalidInputError, match="needs labels"):
         accumulate(None, [{"input_ids": ids}])
+    with pytest.raises(InvalidInputError, match="is not split"):
+        accumulate(tiny_model("gpt2"), [{"input_ids": ids, "labels": ids}])
     with pytest.raises(InvalidInputError, match="in_flight 0"):
         accumulate(None, [{"input_ids": ids, "labels": ids}], 0)
 

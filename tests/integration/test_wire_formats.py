@@ -91,6 +91,18 @@ def test_the_guard_changes_nothing_until_it_must(pieces: int, opened: Callable[.
     watched.remote_trunk.close()
 
 
+@pytest.mark.parametrize("parts", ["top", "bottom"])
+def test_the_guard_watches_a_model_that_is_trained_in_part(
+    parts: str, opened: Callable[..., Any]
+) -> None:
+    """With the top alone the trunk is asked for no gradient, and keeps no graph."""
+    model = opened(wire_format="int8", peft_parts=parts, max_wire_drift=0.5, wire_check_every=1)
+    train(model, 2)
+    drifts = model.remote_trunk.guard.drifts
+    assert len(drifts) == 2 and 0 < max(drifts) < 0.05
+    model.remote_trunk.close()
+
+
 def test_the_guard_goes_back_to_float32(
     opened: Callable[..., Any], caplog: pytest.LogCaptureFixture
 ) -> None:
