@@ -18,6 +18,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.models import save_tiny_model
+
 torch.set_num_threads(2)
 
 MAX_ALIVE = 5
@@ -87,6 +89,12 @@ def trunkd(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., D
         daemon.process.terminate()
     # A test may have ended its daemon itself; none may have crashed.
     assert [d.process.wait(timeout=60) for d in started] == [0] * len(started)
+
+
+@pytest.fixture(scope="session")
+def tiny_gpt2(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny GPT-2, the same folder for all tests: so they share its daemons."""
+    return save_tiny_model("gpt2", tmp_path_factory.mktemp("tiny") / "gpt2")
 
 
 @pytest.fixture

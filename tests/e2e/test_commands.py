@@ -158,12 +158,19 @@ def test_a_run_with_every_way_to_be_faster(trunkd: Callable[..., Daemon], tmp_pa
     assert settings["wire_format"] == "int8" and settings["micro_batches"] == 2
 
 
-def test_bench_is_run_in_a_checkout(tmp_path: Path) -> None:
+def bench(folder: Path) -> subprocess.CompletedProcess[str]:
     command = [str(BIN / "trunkline"), "bench", "--help"]
-    checkout = Path(__file__).parents[2]
-    here = subprocess.run(command, cwd=checkout, capture_output=True, text=True, timeout=170)
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=170)
+
+
+@pytest.mark.slow
+def test_bench_says_what_it_measures() -> None:
+    here = bench(Path(__file__).parents[2])
     assert here.returncode == 0 and "decoding" in here.stdout
-    there = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=170)
+
+
+def test_bench_needs_a_checkout(tmp_path: Path) -> None:
+    there = bench(tmp_path)
     assert there.returncode == 2 and "in a checkout" in there.stderr
 
 

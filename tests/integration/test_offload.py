@@ -17,7 +17,6 @@ from shared.errors import InvalidInputError
 from shared.pb.trunkline.v1 import trunk_pb2 as pb
 from tests.conftest import Daemon
 from tests.integration.test_pipeline import batch, lora
-from tests.models import save_tiny_model
 from trunk_service.offload import OffloadArea
 
 Start = Callable[..., Daemon]
@@ -58,32 +57,32 @@ def run(folder: Path, daemon: Daemon, dropout: float) -> tuple[list[Any], set[in
 
 @pytest.mark.parametrize("dropout", [0.0, 0.2])
 def test_all_three_ways_to_hold_give_the_same_bits(
-    dropout: float, trunkd: Start, tmp_path: Path
+    dropout: float, trunkd: Start, tiny_gpt2: Path, tmp_path: Path
 ) -> None:
-    folder = save_tiny_model("gpt2", tmp_path / "model")
     rest = tmp_path / "rest"
     rest.mkdir()
-    model = ("--model", str(folder), "--split", "1:9")
+    model = ("--model", str(tiny_gpt2), "--split", "1:9")
     offloads = ("--offload-bytes", "100000000", "--offload-dir", str(rest))
-    retained, modes = run(folder, trunkd(*model), dropout)
+    retained, modes = run(tiny_gpt2, trunkd(*model), dropout)
     assert modes == {pb.HELD_MODE_RETAINED}
     for flags, mode in (
         ((*model, *SMALL), pb.HELD_MODE_RECOMPUTED),
         ((*model, *SMALL, *offloads), pb.HELD_MODE_OFFLOADED),
     ):
-        found, modes = run(folder, trunkd(*flags), dropout)
+        found, modes = run(tiny_gpt2, trunkd(*flags), dropout)
         assert modes == {mode}
         for a, b in zip(found, retained, strict=True):
             assert a == b if isinstance(a, float) else torch.equal(a, b)
     assert not list(rest.iterdir()), "a file has a name"
 
 
-def test_a_spent_offload_budget_recomputes_and_is_given_back(trunkd: Start, tmp_path: Path) -> None:
-    folder = save_tiny_model("gpt2", tmp_path / "model")
+def test_a_spent_offload_budget_recomputes_and_is_given_back(
+    trunkd: Start, tiny_gpt2: Path, tmp_path: Path
+) -> None:
     rest = tmp_path / "rest"
     rest.mkdir()
     flags = ("--offload-bytes", "20000000", "--offload-dir", str(rest))
-    daemon = trunkd("--model", str(folder), "--split", "1:9", *SMALL, *flags)
+    daemon = trunkd("--model", str(tiny_gpt2), "--split", "1:9", *SMALL, *flags)
     terms = SessionTerms(peft_config_json=config_to_json(lora()))
     session = TrunkSession(daemon.address, terms)
     hidden = torch.randn(6, 20, 64)

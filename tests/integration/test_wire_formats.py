@@ -14,20 +14,18 @@ from client_service.pipeline import accumulate, cut_batch
 from shared.errors import InvalidInputError
 from tests.conftest import Daemon
 from tests.integration.test_pipeline import batch, lora
-from tests.models import save_tiny_model
 
 Start = Callable[..., Daemon]
 
 
 @pytest.fixture
-def opened(trunkd: Start, tmp_path: Path) -> Callable[..., Any]:
-    folder = save_tiny_model("gpt2", tmp_path / "model")
-    daemon = trunkd("--model", str(folder), "--split", "1:3")
+def opened(trunkd: Start, tiny_gpt2: Path) -> Callable[..., Any]:
+    daemon = trunkd("--model", str(tiny_gpt2), "--split", "1:3")
 
     def open_model(dropout: float = 0.0, **settings: Any) -> Any:
         config = lora(lora_dropout=dropout)
         return SplitModelForCausalLM.from_pretrained(
-            folder, daemon.address, peft_config=config, dropout=dropout, **settings
+            tiny_gpt2, daemon.address, peft_config=config, dropout=dropout, **settings
         ).train()
 
     return open_model
