@@ -138,6 +138,7 @@ def test_a_daemon_that_cannot_start_says_why(flags: list[str], said: str) -> Non
     assert said in done.stderr and "Traceback" not in done.stderr
 
 
+@pytest.mark.slow
 def test_a_run_with_every_way_to_be_faster(trunkd: Callable[..., Daemon], tmp_path: Path) -> None:
     """Close to the plain run, for a third of its bytes; it resumes with the options it had."""
     common = ["--trunk", trunkd().address, "--steps", "4", "--batch-size", "4", "--seq-len", "64"]

@@ -29,7 +29,10 @@ NEW = 32
 FLAGS = ("--split", "2:4", "--batch-decoding", "8", "--metrics", "127.0.0.1:0")
 
 
-@pytest.fixture(scope="module", params=["gpt2", "llama", "qwen2"])
+SLOW = [pytest.param(family, marks=pytest.mark.slow) for family in ("llama", "qwen2")]
+
+
+@pytest.fixture(scope="module", params=["gpt2", *SLOW])
 def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     model = tmp_path_factory.mktemp("model") / "model"
     return save_tiny_model(request.param, model, pad_token_id=0)

@@ -55,7 +55,7 @@ def run(folder: Path, daemon: Daemon, dropout: float) -> tuple[list[Any], set[in
     return found, modes
 
 
-@pytest.mark.parametrize("dropout", [0.0, 0.2])
+@pytest.mark.parametrize("dropout", [pytest.param(0.0, marks=pytest.mark.slow), 0.2])
 def test_all_three_ways_to_hold_give_the_same_bits(
     dropout: float, trunkd: Start, tiny_gpt2: Path, tmp_path: Path
 ) -> None:
