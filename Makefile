@@ -5,10 +5,10 @@ BIN := .venv/bin
 READY := .venv/.ready
 PARTS := shared trunk_service client_service
 
-demo test test-slow bench parity chaos fuzz: export OMP_WAIT_POLICY = PASSIVE
+demo test test-slow test-gpu bench parity chaos fuzz: export OMP_WAIT_POLICY = PASSIVE
 
 .DEFAULT_GOAL := help
-.PHONY: help setup smollm2 demo test test-slow chaos fuzz lint types proto proto-check bench parity up down
+.PHONY: help setup smollm2 demo test test-slow test-gpu chaos fuzz lint types proto proto-check bench parity up down
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -27,10 +27,14 @@ demo: $(READY) ## fine-tune the bundled model through a trunk, into runs/demo
 	$(BIN)/trunkline demo --out runs/demo
 
 test: $(READY) ## run the tests that are not slow
-	$(BIN)/pytest -m "not slow"
+	$(BIN)/pytest -m "not slow and not gpu"
 
 test-slow: $(READY) smollm2 ## run the slow tests
-	$(BIN)/pytest -m slow
+	$(BIN)/pytest -m "slow and not gpu"
+
+test-gpu: $(READY) ## run the tests of a CUDA device, and every trunk of the others on it
+	$(BIN)/pytest -m gpu
+	TRUNKD_DEVICE=cuda $(BIN)/pytest -m "not slow and not gpu" tests/integration
 
 chaos: $(READY) ## kill, stop, cut off and crowd both sides, compare with undisturbed runs (hours)
 	$(BIN)/python -m tests.chaos all

@@ -19,12 +19,12 @@ from typing import Any
 
 import torch
 
-from benchmarks import decoding, links, loss, memory, step, tenants, wire
+from benchmarks import decoding, device, links, loss, memory, step, tenants, wire
 from benchmarks.report import Section
 
 LOG = logging.getLogger("benchmarks")
 RESULTS = Path(__file__).parent / "results"
-ORDER = ("step", "installed", "wire", "loss", "links", "tenants", "memory", "decoding")
+ORDER = ("step", "installed", "wire", "loss", "links", "tenants", "memory", "decoding", "device")
 
 
 def main() -> None:
@@ -42,9 +42,12 @@ def main() -> None:
     given = parser.parse_args()
     if unknown := sorted(set(given.names) - set(ORDER)):
         parser.error(f"{', '.join(unknown)}: no such benchmark; there are {', '.join(ORDER)}")
+    has_device = torch.cuda.is_available()
+    if "device" in given.names and not has_device:
+        parser.error("device: torch finds no CUDA device here")
     RESULTS.mkdir(exist_ok=True)
     runs = _runs(given)
-    for name in given.names or ORDER:
+    for name in given.names or [name for name in ORDER if name != "device" or has_device]:
         LOG.info("%s …", name)
         started = time.monotonic()
         sections = runs[name]()
@@ -64,6 +67,7 @@ def _runs(given: argparse.Namespace) -> dict[str, Callable[[], list[Section]]]:
         "tenants": lambda: tenants.measure(quick),
         "memory": lambda: memory.measure(quick),
         "decoding": lambda: decoding.measure(quick),
+        "device": lambda: device.measure(quick),
     }
 
 

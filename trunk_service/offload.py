@@ -1,10 +1,10 @@
 """Held graphs whose tensors rest elsewhere than in the memory that computes.
 
-On a CUDA device that is pinned memory of the host; on a CPU it is a file that has no name (nobody
-else can open it, and it is gone with the process) in a folder the operator chose. Tensors are taken
-away when the forward is done and brought back one by one in its backward, to the same bits. It lies
-between the other two ways to hold a forward: slower than keeping the graph and without its memory,
-and, where the way to there is fast, quicker than computing it again.
+That is a file that has no name (nobody else can open it, and it is gone with the process) in a
+folder the operator chose, or, beside a CUDA device and without a folder, pinned memory of the host.
+Tensors are taken away when the forward is done and brought back one by one in its backward, to the
+same bits. It lies between the other two ways to hold a forward: slower than keeping the graph and
+without its memory, and, where the way to there is fast, quicker than computing it again.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ import torch
 
 from shared.errors import InvalidInputError
 from trunk_service.budget import ByteBudget
+from trunk_service.transfer import beside_compute
 
 
 class OffloadArea:
@@ -28,7 +29,7 @@ class OffloadArea:
 
     Args:
         limit: Bytes in all.
-        folder: Where files are made; None for pinned memory, next to a CUDA device only.
+        folder: Where files are made; None for pinned memory, beside a CUDA device only.
         device: Where the trunk computes.
 
     Raises:
@@ -41,7 +42,7 @@ class OffloadArea:
         if folder is not None and not folder.is_dir():
             raise InvalidInputError(f"--offload-dir {folder}: no such folder")
         self.budget = ByteBudget(limit, "trunk's offload")
-        self.folder = folder
+        self.folder, self.device = folder, device
 
     def open(self, count: int) -> OffloadedGraph | None:
         """Takes room for a graph of so many bytes; None if there is not as much."""
@@ -142,21 +143,20 @@ class OffloadedGraph:
             if not count:
                 raise OSError(f"an offloaded tensor ends after {done} of {stored.nbytes} bytes")
             done += count
-        return fetched.untyped_storage()
+        return fetched.to(stored.device).untyped_storage()
 
     def _to_file(self, folder: Path) -> None:
         self._file = tempfile.TemporaryFile(dir=folder, buffering=0)  # noqa: SIM115
         end = 0
         for stored in self._stored:
-            view, done = memoryview(_bytes(stored).numpy()), 0  # type: ignore[arg-type]
+            view, done = memoryview(_bytes(stored).cpu().numpy()), 0  # type: ignore[arg-type]
             while done < stored.nbytes:
                 done += os.pwrite(self._file.fileno(), view[done:], end + done)
             stored.offset, end = end, end + stored.nbytes
 
     def _to_host(self) -> None:
         """On a stream beside the one that computes, after what it has been given so far."""
-        beside = torch.cuda.Stream()
-        beside.wait_stream(torch.cuda.current_stream())
+        beside = beside_compute(self._area.device)
         with torch.cuda.stream(beside):
             for stored in self._stored:
                 stored.host = torch.empty(stored.nbytes, dtype=torch.uint8, pin_memory=True)

@@ -12,6 +12,8 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from functools import partial
 
+import torch
+
 from shared.errors import (
     DrainingError,
     ResourceExhaustedError,
@@ -240,7 +242,9 @@ def _free_expired(session: OpenSession) -> None:
 
 
 def return_freed_memory() -> None:
-    """Gives memory that was freed back to the system; glibc would keep it for later."""
+    """Gives memory that was freed back to the system; glibc and torch would keep it for later."""
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
         trim(0)

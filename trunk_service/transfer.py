@@ -16,6 +16,13 @@ def _stream(device: torch.device) -> torch.cuda.Stream:
     return torch.cuda.Stream(device)
 
 
+def beside_compute(device: torch.device) -> torch.cuda.Stream:
+    """The stream of copies, behind what has been given to the one that computes so far."""
+    stream = _stream(device)
+    stream.wait_stream(torch.cuda.current_stream(device))
+    return stream
+
+
 def to_device(tensor: torch.Tensor, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
     """Brings what came over the wire to where it is computed on, in the dtype of that."""
     if device.type != "cuda":
@@ -33,8 +40,7 @@ def to_host(tensor: torch.Tensor) -> torch.Tensor:
     """Brings a result to the memory that the wire reads; on a CPU it is there."""
     if tensor.device.type != "cuda":
         return tensor
-    stream = _stream(tensor.device)
-    stream.wait_stream(torch.cuda.current_stream(tensor.device))
+    stream = beside_compute(tensor.device)
     host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
     with torch.cuda.stream(stream):
         host.copy_(tensor, non_blocking=True)

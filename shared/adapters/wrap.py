@@ -51,6 +51,10 @@ def wrap(
     if (tuner := tuner_of(wrapped)) is not None:
         # PEFT looks at it when weights are loaded, and then stumbles over what it does not know.
         check_rank_pattern(tuner, config.rank_pattern or {})
+        # A constant; PEFT trains it, unsaved, where it follows a base layer to a device or dtype.
+        for name, parameter in wrapped.named_parameters():
+            if ".ranknum." in name:
+                parameter.requires_grad_(False)
     return wrapped
 
 
