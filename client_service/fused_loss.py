@@ -24,11 +24,17 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils.generic import can_return_tuple
 
+from shared.models.onednn import OneDnnLinear, applies, product
+
 IGNORED = -100
 """The label of positions that have no loss."""
 
 CHUNK_ROWS = 512
 """Most positions at a time: a CPU's matrix products want many, memory few."""
+
+ONEDNN_CHUNK_ROWS = 256
+"""The same where oneDNN computes them; it does not write into a buffer of ours, and memory that is
+not much larger is not asked of the system anew."""
 
 # What families that change the head's logits call it in their configuration; None and 1 change
 # nothing.
@@ -79,7 +85,7 @@ def can_fuse(model: Any, inputs: dict[str, Any]) -> bool:
     """
     head = model.get_output_embeddings()
     return (
-        type(head) is nn.Linear
+        type(head) in (nn.Linear, OneDnnLinear)
         and not (head._forward_hooks or head._forward_pre_hooks)
         and all(getattr(model.config, name, None) in (None, 1) for name in _LOGIT_CHANGES)
         and model.loss_function is ForCausalLMLoss
@@ -109,7 +115,8 @@ def fused_linear_cross_entropy(
         A float32 scalar; NaN if no label counts and ``num_items`` is None, as torch's mean is.
     """
     kept_K = (labels_N != ignore_index).nonzero().squeeze(1)
-    total = _SummedLoss.apply(hidden_ND, head.weight, head.bias, labels_N, kept_K)
+    summed = _OneDnnSummedLoss if _by_onednn(head, hidden_ND) else _SummedLoss
+    total = summed.apply(hidden_ND, head.weight, head.bias, labels_N, kept_K)
     divisor = len(kept_K) if num_items is None else num_items
     if isinstance(divisor, torch.Tensor):
         divisor = divisor.to(total.device)
@@ -182,7 +189,7 @@ class _SummedLoss(torch.autograd.Function):
             # gradient the way it lies in memory.
             logits_VC = buffer[: len(weight_VD) * len(rows_C)].view(len(weight_VD), len(rows_C))
             _logits(hidden_CD, weight_VD, bias_V, logits_VC)
-            total += _to_gradient(logits_VC, labels_N[rows_C])
+            total += _to_gradient(logits_VC, labels_N[rows_C], vocabulary=0)
             if grad_bias_V is not None:
                 grad_bias_V += logits_VC.sum(1)
             grad_VC = logits_VC.to(hidden_ND.dtype)
@@ -209,6 +216,44 @@ class _SummedLoss(torch.autograd.Function):
         return (*scaled, None, None)
 
 
+class _OneDnnSummedLoss(torch.autograd.Function):
+    """The same for a frozen head, by oneDNN: its products want the vocabulary last."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden_ND: torch.Tensor,
+        weight_VD: torch.Tensor,
+        bias_V: torch.Tensor | None,
+        labels_N: torch.Tensor,
+        kept_K: torch.Tensor,
+    ) -> torch.Tensor:
+        grad_hidden_ND = torch.zeros_like(hidden_ND) if ctx.needs_input_grad[0] else None
+        total = torch.zeros(())
+        for rows_C in kept_K.chunk(max(1, math.ceil(len(kept_K) / ONEDNN_CHUNK_ROWS))):
+            if not len(rows_C):
+                continue
+            logits_CV = product(hidden_ND[rows_C], weight_VD, bias_V)
+            total += _to_gradient(logits_CV, labels_N[rows_C], vocabulary=1)
+            if grad_hidden_ND is not None:
+                grad_hidden_ND[rows_C] = product(logits_CV, weight_VD.T)
+        ctx.nothing_counts = not len(kept_K)
+        ctx.save_for_backward(grad_hidden_ND)
+        return total
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        (grad_hidden_ND,) = ctx.saved_tensors
+        if ctx.nothing_counts:
+            grad = torch.zeros_like(grad)
+        return None if grad_hidden_ND is None else grad_hidden_ND * grad, None, None, None, None
+
+
+def _by_onednn(head: nn.Linear, hidden_ND: torch.Tensor) -> bool:
+    return isinstance(head, OneDnnLinear) and applies(hidden_ND, head.weight, head.bias)
+
+
 def _logits(
     hidden_CD: torch.Tensor,
     weight_VD: torch.Tensor,
@@ -226,15 +271,22 @@ def _logits(
         out_VC.copy_(made)
 
 
-def _to_gradient(logits_VC: torch.Tensor, labels_C: torch.Tensor) -> torch.Tensor:
-    """Makes logits the gradient of their summed cross entropy, in place; returns that sum."""
-    columns_C = torch.arange(len(labels_C), device=labels_C.device)
-    at_label_C = logits_VC[labels_C, columns_C]
-    largest_C = logits_VC.amax(0)
-    probabilities_VC = torch.softmax(logits_VC, 0, out=logits_VC)
+def _to_gradient(logits: torch.Tensor, labels_C: torch.Tensor, vocabulary: int) -> torch.Tensor:
+    """Makes logits the gradient of their summed cross entropy, in place; returns that sum.
+
+    Args:
+        logits: [V, C] or [C, V].
+        labels_C: Of the positions.
+        vocabulary: The dimension of V.
+    """
+    places_C = torch.arange(len(labels_C), device=labels_C.device)
+    labelled = (labels_C, places_C) if vocabulary == 0 else (places_C, labels_C)
+    at_label_C = logits[labelled]
+    largest_C = logits.amax(vocabulary)
+    probabilities = torch.softmax(logits, vocabulary, out=logits)
     # The largest probability is exp(largest - logsumexp), and never so small that it is lost.
-    logsumexp_C = largest_C - probabilities_VC.amax(0).log()
-    probabilities_VC[labels_C, columns_C] -= 1
+    logsumexp_C = largest_C - probabilities.amax(vocabulary).log()
+    probabilities[labelled] -= 1
     return (logsumexp_C - at_label_C).sum()
 
 

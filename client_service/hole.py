@@ -17,6 +17,7 @@ from client_service.split_ends import split_class
 from shared.models import Checkpoint, SplitRange
 from shared.models.dropout import set_dropout
 from shared.models.loading import fill
+from shared.models.onednn import use_onednn
 from shared.models.quantization import quantize as quantize_layers
 from shared.models.stand_ins import GlobalLayers
 
@@ -29,6 +30,7 @@ def with_hole(
     dropout: float | None,
     quantize: str = "",
     fused_loss: bool = False,
+    onednn: bool = False,
 ) -> Any:
     """Loads the two ends of a model around a session.
 
@@ -40,6 +42,7 @@ def with_hole(
         dropout: Replaces the probability of the model's own dropout layers.
         quantize: Kind of :mod:`shared.models.quantization`; empty for none.
         fused_loss: See :mod:`client_service.fused_loss`.
+        onednn: See :mod:`shared.models.onednn`.
 
     Returns:
         The family's ``…ForCausalLM``; ``remote_trunk``, ``whole_config`` and ``split`` are its
@@ -47,6 +50,7 @@ def with_hole(
 
     Raises:
         CheckpointError: If a tensor is missing or damaged.
+        InvalidInputError: If oneDNN is asked for in another dtype than float32.
     """
     family = checkpoint.family
     config = _hole_config(checkpoint.config, split)
@@ -68,6 +72,8 @@ def with_hole(
         model.generation_config = GenerationConfig.from_pretrained(checkpoint.folder)
     if quantize:
         quantize_layers(model, quantize)
+    if onednn:
+        use_onednn(model, dtype, model.device)
     model.remote_trunk = remote
     model.whole_config, model.split = checkpoint.config, split
     step_with(model, remote)

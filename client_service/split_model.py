@@ -54,6 +54,7 @@ class SplitModelForCausalLM:
         wire_check_every: int = 20,
         quantize: str = "",
         fused_loss: bool = False,
+        onednn: bool = False,
         reconnect_timeout_s: float = RECONNECT_TIMEOUT_S,
     ) -> Any:
         """Opens a session on a trunk and loads the two ends of a model around it.
@@ -81,6 +82,8 @@ class SplitModelForCausalLM:
             fused_loss: In training mode, makes the loss and its gradients without the logits, and
                 only where a label counts (see :mod:`client_service.fused_loss`): faster, the same
                 up to rounding, and the output's ``logits`` are None.
+            onednn: Lets oneDNN compute frozen float32 linear layers of the ends: faster on many
+                CPUs, the same up to rounding (see :mod:`shared.models.onednn`).
             reconnect_timeout_s: How long to look for a trunk when one is lost; 0 gives up at once.
 
         Returns:
@@ -92,7 +95,8 @@ class SplitModelForCausalLM:
             ModelMismatchError: If the trunk serves another model, split or weights.
             CheckpointError: If the model cannot be read.
             AdapterError: If an adapter is refused.
-            InvalidInputError: If a wire format is unknown or a bound is not positive.
+            InvalidInputError: If a wire format is unknown, a bound is not positive, or oneDNN is
+                asked for in another dtype than float32.
         """
         checkpoint = open_checkpoint(model)
         served = SplitRange.parse(split) if split else _served_split(trunk)
@@ -125,7 +129,9 @@ class SplitModelForCausalLM:
         )
         remote = RemoteTrunk(TrunkSession(trunk, terms, reconnect_timeout_s=reconnect_timeout_s))
         try:
-            whole: Any = with_hole(checkpoint, served, remote, dtype, dropout, quantize, fused_loss)
+            whole: Any = with_hole(
+                checkpoint, served, remote, dtype, dropout, quantize, fused_loss, onednn
+            )
             if max_wire_drift is not None:
                 remote.guard = WireGuard(whole, remote, max_wire_drift, wire_check_every)
             if plan is not None:

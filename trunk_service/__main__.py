@@ -83,7 +83,8 @@ def _registry(settings: TrunkSettings) -> SessionRegistry:
     threads = settings.threads or max(1, cores // settings.workers)
     torch.set_num_threads(threads)
     dtype: torch.dtype = getattr(torch, settings.dtype)
-    trunk = Trunk.load(settings.model or model_dir(), split, device, dtype, settings.quantize)
+    model = settings.model or model_dir()
+    trunk = Trunk.load(model, split, device, dtype, settings.quantize, settings.onednn)
     if settings.offload_bytes:
         trunk.offload = OffloadArea(settings.offload_bytes, settings.offload_dir, device)
     return_freed_memory()

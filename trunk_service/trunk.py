@@ -18,6 +18,7 @@ from shared.errors import AdapterError, ModelMismatchError
 from shared.models import SplitRange, get_part_class, load_part, open_checkpoint
 from shared.models.digest import weight_digest
 from shared.models.dropout import set_dropout
+from shared.models.onednn import use_onednn
 from shared.models.quantization import check_kind, quantize, shared_tensors
 from trunk_service.limits import Limits
 from trunk_service.offload import OffloadArea
@@ -60,6 +61,7 @@ class Trunk:
         device: torch.device,
         dtype: torch.dtype,
         quantization: str = "",
+        onednn: bool = False,
     ) -> Trunk:
         """Loads the trunk's blocks of a whole or split checkpoint; nothing of the ends.
 
@@ -69,11 +71,13 @@ class Trunk:
             device: Where to compute.
             dtype: What to compute in, and what weights are held in unless quantised.
             quantization: ``"nf4"`` or ``"int8"`` by bitsandbytes; empty for none.
+            onednn: Let oneDNN compute linear layers (see :mod:`shared.models.onednn`).
 
         Raises:
             CheckpointError: If the model cannot be read.
             SplitError: If the split does not fit it.
             QuantizationError: If the quantisation is unknown or not installed.
+            InvalidInputError: If oneDNN is asked for but not for float32 on a CPU.
         """
         if quantization:
             check_kind(quantization)
@@ -95,7 +99,11 @@ class Trunk:
             quantization=quantization,
         )
         part = part.to(device)
-        return cls(quantize(part, quantization) if quantization else part, info)
+        if quantization:
+            part = quantize(part, quantization)
+        if onednn:
+            use_onednn(part, dtype, device)
+        return cls(part, info)
 
     @property
     def config(self) -> Any:

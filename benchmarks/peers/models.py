@@ -14,13 +14,17 @@ from benchmarks.peers.driving import Step, adamw
 from shared.adapters.weights import adapter_weights, load_adapter_weights, read_adapter
 from shared.adapters.wrap import wrap
 from shared.models import SplitRange, get_part_class, load_part
+from shared.models.onednn import use_onednn
 
 Trunk = Callable[[torch.Tensor], torch.Tensor]
 
 
-def whole(model: Path, adapter: Path) -> Any:
-    """The unsplit ``PeftModel`` in training mode."""
-    return _adapted(AutoModelForCausalLM.from_pretrained(model), adapter, "whole")
+def whole(model: Path, adapter: Path, onednn: bool = False) -> Any:
+    """The unsplit ``PeftModel`` in training mode; perhaps with our layers by oneDNN."""
+    loaded = AutoModelForCausalLM.from_pretrained(model)
+    if onednn:
+        use_onednn(loaded, loaded.dtype, loaded.device)
+    return _adapted(loaded, adapter, "whole")
 
 
 def part(role: str, model: Path, adapter: Path) -> Any:

@@ -20,15 +20,21 @@ from client_service.split_model import SplitModelForCausalLM
 
 
 def main() -> None:
-    given = task("fused", "core", "trunk-core", "micro", "in-flight")
-    flags = ("--threads", str(given.threads))
+    given = task("fused", "onednn", "core", "trunk-core", "micro", "in-flight")
+    flags = ["--threads", str(given.threads)]
+    if given.options.onednn:
+        flags.append("--onednn")
     with local_trunk(str(given.model), SPLIT, flags=flags) as address:
         if given.options.core is not None:
             pin([given.options.core])
             for process in trunk_processes():
                 pin([given.options.trunk_core], process.pid)
         model = SplitModelForCausalLM.from_pretrained(
-            given.model, address, adapter=given.adapter, fused_loss=bool(given.options.fused)
+            given.model,
+            address,
+            adapter=given.adapter,
+            fused_loss=bool(given.options.fused),
+            onednn=bool(given.options.onednn),
         )
         try:
             given.serve(_step(model.train(), given))

@@ -1,4 +1,4 @@
-"""The unsplit model: what everything else is compared with."""
+"""The unsplit model: what everything else is compared with; perhaps with oneDNN's layers."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from benchmarks.processes import pin
 
 
 def main() -> None:
-    given = task("core")
+    given = task("core", "onednn")
     if given.options.core is not None:
         pin([given.options.core])
-    given.serve(local_step(whole(given.model, given.adapter)))
+    given.serve(local_step(whole(given.model, given.adapter, bool(given.options.onednn))))
 
 
 if __name__ == "__main__":

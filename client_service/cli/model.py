@@ -19,6 +19,7 @@ from client_service.cli.options import (
     AdapterOption,
     BatchSizeOption,
     ModelOption,
+    OneDnnOption,
     PeftConfigOption,
     PeftOption,
     PeftPartsOption,
@@ -72,6 +73,7 @@ def eval_command(
     batch_size: BatchSizeOption = 8,
     seq_len: SeqLenOption = 128,
     quantize: QuantizeOption = "",
+    onednn: OneDnnOption = False,
     threads: ThreadsOption = 0,
 ) -> None:
     """Print loss and perplexity on a text, through the split."""
@@ -79,7 +81,9 @@ def eval_command(
     model = model_or_bundled(model)
     texts = read_texts(data or private_heldout_file())
     blocks = token_blocks(texts, load_tokenizer(model), seq_len)
-    split = SplitModelForCausalLM.from_pretrained(model, trunk, adapter=adapter, quantize=quantize)
+    split = SplitModelForCausalLM.from_pretrained(
+        model, trunk, adapter=adapter, quantize=quantize, onednn=onednn
+    )
     loss = mean_loss(split, blocks, batch_size)
     split.remote_trunk.close()
     show({"loss": loss, "perplexity": math.exp(loss), "tokens": blocks.numel()})
@@ -97,6 +101,7 @@ def generate_command(
     num_beams: Annotated[int, typer.Option(help="Beam search.", min=1)] = 1,
     seed: SeedOption = 0,
     quantize: QuantizeOption = "",
+    onednn: OneDnnOption = False,
     threads: ThreadsOption = 0,
 ) -> None:
     """Continue a text, through the split."""
@@ -108,7 +113,9 @@ def generate_command(
     positions = open_checkpoint(model).config.max_position_embeddings
     if not 0 < (tokens := inputs["input_ids"].shape[1]) < positions:
         raise DataError(f"a prompt of {tokens} tokens: accepted are 1 to {positions - 1}")
-    split = SplitModelForCausalLM.from_pretrained(model, trunk, adapter=adapter, quantize=quantize)
+    split = SplitModelForCausalLM.from_pretrained(
+        model, trunk, adapter=adapter, quantize=quantize, onednn=onednn
+    )
     torch.manual_seed(seed)
     options: dict[str, Any] = {"num_beams": num_beams, "do_sample": temperature > 0}
     if temperature > 0:

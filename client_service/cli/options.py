@@ -51,6 +51,10 @@ WireFormatOption = Annotated[
     str,
     typer.Option(help="How hidden states and gradients travel: float32, bfloat16, float16, int8."),
 ]
+OneDnnOption = Annotated[
+    bool,
+    typer.Option("--onednn", help="Let oneDNN compute frozen linear layers: faster on many CPUs."),
+]
 
 DEFAULT_TRUNK = "localhost:50052"
 

@@ -55,6 +55,7 @@ class RunSettings:
     threads: int
     # Runs that began before there was a choice have none of these.
     fused_loss: bool = False
+    onednn: bool = False
     micro_batches: int = 1
     wire_format: str = "float32"
     gradient_wire_format: str | None = None

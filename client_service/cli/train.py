@@ -25,6 +25,7 @@ from client_service.cli.options import (
     AdapterOption,
     BatchSizeOption,
     ModelOption,
+    OneDnnOption,
     PeftConfigOption,
     PeftOption,
     PeftPartsOption,
@@ -127,6 +128,7 @@ def train_command(
     fused_loss: Annotated[
         bool, typer.Option(help="Make the loss without the logits: faster, other last digits.")
     ] = False,
+    onednn: OneDnnOption = False,
     threads: ThreadsOption = 0,
 ) -> None:
     """Fine-tune through the split; write metrics and ONE adapter of the whole model."""
@@ -206,6 +208,7 @@ def _open(model: str, settings: RunSettings) -> Any:
         dropout=settings.dropout,
         quantize=settings.quantize,
         fused_loss=settings.fused_loss,
+        onednn=settings.onednn,
         wire_format=settings.wire_format,
         gradient_wire_format=settings.gradient_wire_format,
         max_wire_drift=settings.max_wire_drift,

@@ -44,15 +44,23 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_tiny_model("gpt2", tmp_path_factory.mktemp("fused") / "model")
 
 
-@pytest.mark.parametrize("method", CONFIGS)
-def test_loss_and_gradients_are_the_whole_model_s(method: str, trunkd: Start, folder: Path) -> None:
+BY_ONEDNN = ("lora", "dora", "prompt", "full ends, tied")
+
+
+@pytest.mark.parametrize(
+    ("method", "onednn"), [*((m, False) for m in CONFIGS), *((m, True) for m in BY_ONEDNN)]
+)
+def test_loss_and_gradients_are_the_whole_model_s(
+    method: str, onednn: bool, trunkd: Start, folder: Path
+) -> None:
     split = SplitModelForCausalLM.from_pretrained(
         folder,
-        trunkd("--model", str(folder)).address,
+        trunkd("--model", str(folder), *["--onednn"] * onednn).address,
         peft_config=CONFIGS[method],
         trunk_peft_config=None if CONFIGS[method] is None else "same",
         dropout=0.0,
         fused_loss=True,
+        onednn=onednn,
     )
     try:
         whole = whole_twin(folder, split)
