@@ -64,12 +64,12 @@ class JointDecoding:
 
     Args:
         trunk: The shared blocks.
-        budget: What working copies of caches are reserved from.
+        budget: What working copies of caches and adapters are reserved from.
     """
 
     def __init__(self, trunk: Trunk, budget: ByteBudget) -> None:
         self._trunk, self._budget = trunk, budget
-        self._mixed = MixedAdapters(trunk)
+        self._mixed = MixedAdapters(trunk, budget)
         self._stacks: list[StackedRows] = []
 
     def run(self, asked: Sequence[tuple[TenantSession, ForwardRequest]]) -> list[Outcome]:

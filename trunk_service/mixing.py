@@ -1,4 +1,4 @@
-"""Which adapters PEFT can run beside others in one batch."""
+"""Which adapters can run beside others in one batch."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 
 
 def can_mix(model: Any) -> bool:
-    """Whether PEFT's mixed batches do what this model does: plain LoRA, or no adapter."""
+    """Whether it adds two matrices to linear layers and nothing else: plain LoRA, or no adapter."""
     if not isinstance(model, PeftModel):
         return True
     config = model.peft_config["default"]
@@ -22,7 +22,8 @@ def can_mix(model: Any) -> bool:
 
 
 def _mixes(module: Any) -> bool:
-    if not isinstance(module, LoraLayer) or not hasattr(module, "_mixed_batch_forward"):
+    if not isinstance(module, LoraLayer) or "default" not in module.lora_A:
         return False
     variant = module.lora_variant.get("default") is not None
-    return not (variant or module.use_dora.get("default", False) or module.lora_embedding_A)
+    more = module.use_dora.get("default", False) or module.lora_bias.get("default", False)
+    return not (variant or more or module.lora_embedding_A)

@@ -282,10 +282,32 @@ def test_what_was_reserved_is_given_back(gpt2: Trunk) -> None:
     for stream in streams:
         stream.session.caches.drop("c")
         stream.session.caches.drop("alone")
-    assert host.budget.used == idle
+    adapters = [session.adapters.get("").parameters for session in host.sessions]
+    copies = sum(p.nbytes for parameters in adapters for p in parameters)
+    assert host.budget.used == idle + copies > idle
     for session in host.sessions:
         session.close()
     assert len(host.decoding._mixed) == 0
+    assert host.budget.used == idle
+
+
+def test_adapters_that_are_too_many_make_place_for_others(
+    gpt2: Trunk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("trunk_service.mixed_adapters._MOST", 3)
+    host = Host(gpt2)
+    changes: list[dict[str, Any]] = [
+        {"r": 2},
+        {"r": 6, "lora_alpha": 1},
+        {"target_modules": ["c_fc"]},
+        {"rank_pattern": {"c_attn": 8}, "alpha_pattern": {"c_fc": 3}},
+        {"use_rslora": True},
+    ]
+    streams = [Stream(host.open(lora(**c), i), seed=i) for i, c in enumerate(changes)]
+    frozen = Stream(host.open(), seed=9)
+    for group in (streams[:3], [*streams[2:], frozen], streams[:2], [streams[4], frozen]):
+        check(host, group, 2)
+        assert len(host.decoding._mixed) <= 3
 
 
 def test_without_room_for_a_copy_each_is_computed_alone(gpt2: Trunk) -> None:
