@@ -34,7 +34,7 @@ test-slow: $(READY) smollm2 ## run the slow tests
 
 test-gpu: $(READY) ## run the tests of a CUDA device, and every trunk of the others on it
 	$(BIN)/pytest -m gpu
-	TRUNKD_DEVICE=cuda $(BIN)/pytest -m "not slow and not gpu" tests/integration
+	TRUNKD_DEVICE=cuda $(BIN)/pytest -m "not slow and not gpu" -k "not onednn" tests/integration
 
 chaos: $(READY) ## kill, stop, cut off and crowd both sides, compare with undisturbed runs (hours)
 	$(BIN)/python -m tests.chaos all

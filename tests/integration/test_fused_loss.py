@@ -48,7 +48,11 @@ BY_ONEDNN = ("lora", "dora", "prompt", "full ends, tied")
 
 
 @pytest.mark.parametrize(
-    ("method", "onednn"), [*((m, False) for m in CONFIGS), *((m, True) for m in BY_ONEDNN)]
+    ("method", "onednn"),
+    [
+        *(pytest.param(m, False, id=m) for m in CONFIGS),
+        *(pytest.param(m, True, id=f"{m}, onednn") for m in BY_ONEDNN),
+    ],
 )
 def test_loss_and_gradients_are_the_whole_model_s(
     method: str, onednn: bool, trunkd: Start, folder: Path
