@@ -2,10 +2,11 @@
 
 GPT-2 small split 2:10, LoRA on every part, greedy. Everything is measured in turn in one run:
 
-* ``generate()`` of the whole model and through the split, for one prompt and for eight;
+* ``generate()`` of the whole model and through the split, for one prompt and for eight, with the
+  linear layers of torch and with those of oneDNN (``--onednn``);
 * the trunk alone: streams of cached one-token forwards over loopback whose ends are not computed,
   one and eight at once, each of a tenant with an adapter of its own or none, with and without
-  ``--batch-decoding``;
+  ``--batch-decoding``, with both kinds of linear layers;
 * eight whole clients, each a process that computes its own ends on the same cores.
 """
 
@@ -39,10 +40,14 @@ from client_service.session import TrunkSession
 from client_service.split_model import SplitModelForCausalLM
 from shared.adapters.config import config_to_json
 from shared.adapters.wrap import wrap
+from shared.models.onednn import use_onednn
 
 LOG = logging.getLogger("benchmarks")
 PROMPT, TOKENS, STREAMS = 16, 64, 8
 BATCHING = "--batch-decoding"
+KINDS: dict[str, tuple[str, ...]] = {"": (), ", onednn": ("--onednn",)}
+"""How linear layers are computed: what it adds to a name, and a trunk's flags."""
+WHOLE, SPLIT_MODEL = "whole model", "split"
 Figure = Callable[[], float]
 """Generates, and tells the tokens per second."""
 Tokens = Mapping[str, tuple[int, Figure]]
@@ -61,15 +66,26 @@ class Found:
 
 def measure(quick: bool = False) -> list[Section]:
     """Measures everything; ``quick`` for a smoke test."""
-    tokens, repeats = (8, 1) if quick else (TOKENS, 5)
+    tokens, repeats = (8, 1) if quick else (TOKENS, 4)
     with tempfile.TemporaryDirectory() as scratch, ExitStack() as stack:
         folder = gpt2_small(Path(scratch) / "model")
-        plain = stack.enter_context(local_trunk(str(folder), SPLIT))
-        flags = [BATCHING, str(STREAMS)]
-        batched = stack.enter_context(local_trunk(str(folder), SPLIT, flags=flags))
-        ends = stack.enter_context(_ends(folder, plain, tokens))
-        found = _in_turn({**ends, **_trunk_figures(stack, plain, batched, tokens)}, repeats)
+        flags = {"": (), BATCHING: (BATCHING, str(STREAMS))}
+        addresses = {
+            (kind, batching): stack.enter_context(
+                local_trunk(str(folder), SPLIT, flags=(*KINDS[kind], *flags[batching]))
+            )
+            for kind in KINDS
+            for batching in flags
+        }
+        figures: dict[str, tuple[int, Figure]] = {}
+        for kind in KINDS:
+            figures |= stack.enter_context(_ends(folder, addresses[kind, ""], tokens, kind))
+        for kind in KINDS:
+            plain, batched = addresses[kind, ""], addresses[kind, BATCHING]
+            figures |= _trunk_figures(stack, plain, batched, tokens, kind)
+        found = _in_turn(figures, repeats)
         sections = [_ends_section(found), _trunk_section(found)]
+        plain, batched = addresses["", ""], addresses["", BATCHING]
         clients = {
             name: (STREAMS * tokens, partial(_clients, folder, address, tokens))
             for name, address in (
@@ -98,18 +114,24 @@ def _in_turn(figures: Tokens, repeats: int, warm: int = 1) -> dict[str, Found]:
 
 
 @contextmanager
-def _ends(folder: Path, address: str, tokens: int) -> Iterator[Tokens]:
-    whole = wrap(GPT2LMHeadModel.from_pretrained(folder), lora(), 0, "whole").eval()
-    split = SplitModelForCausalLM.from_pretrained(folder, address, peft_config=lora()).eval()
+def _ends(folder: Path, address: str, tokens: int, kind: str) -> Iterator[Tokens]:
+    plain = GPT2LMHeadModel.from_pretrained(folder)
+    if kind:
+        use_onednn(plain, plain.dtype, plain.device)
+    whole = wrap(plain, lora(), 0, "whole").eval()
+    split = SplitModelForCausalLM.from_pretrained(
+        folder, address, peft_config=lora(), onednn=bool(kind)
+    ).eval()
     with closing(split.remote_trunk):
         yield {
-            f"{name}, {rows} prompt{'s' * (rows > 1)}": (
-                rows * tokens,
-                _generate(model, rows, tokens),
-            )
+            _name(name, kind, rows): (rows * tokens, _generate(model, rows, tokens))
             for rows in (1, STREAMS)
-            for name, model in (("whole model", whole), ("split", split))
+            for name, model in ((WHOLE, whole), (SPLIT_MODEL, split))
         }
+
+
+def _name(model: str, kind: str, rows: int) -> str:
+    return f"{model}{kind}, {rows} prompt{'s' * (rows > 1)}"
 
 
 def _generate(model: Any, rows: int, tokens: int) -> Figure:
@@ -133,23 +155,21 @@ def _generate(model: Any, rows: int, tokens: int) -> Figure:
     return run
 
 
-def _trunk_figures(stack: ExitStack, plain: str, batched: str, tokens: int) -> Tokens:
+def _trunk_figures(stack: ExitStack, plain: str, batched: str, tokens: int, kind: str) -> Tokens:
     figures: dict[str, tuple[int, Figure]] = {}
-    for kind, config_json in (("LoRA", config_to_json(lora())), ("frozen", "")):
+    for adapter, config_json in (("LoRA", config_to_json(lora())), ("frozen", "")):
         for how, address in (("each alone", plain), ("batched", batched)):
-            sessions = [
-                stack.enter_context(
-                    closing(
-                        TrunkSession(address, SessionTerms(peft_config_json=config_json, seed=i))
-                    )
-                )
-                for i in range(STREAMS)
-            ]
+            terms = [SessionTerms(peft_config_json=config_json, seed=i) for i in range(STREAMS)]
+            sessions = [stack.enter_context(closing(TrunkSession(address, t))) for t in terms]
             for count in (1, STREAMS):
                 if how == "each alone" or count > 1:
-                    name = f"{kind}, {count} stream{'s' * (count > 1)}, {how}"
+                    name = _stream_name(adapter + kind, count, how)
                     figures[name] = count * tokens, _streams(sessions[:count], tokens)
     return figures
+
+
+def _stream_name(kind: str, count: int, how: str) -> str:
+    return f"{kind}, {count} stream{'s' * (count > 1)}, {how}"
 
 
 def _streams(sessions: Sequence[TrunkSession], tokens: int) -> Figure:
@@ -252,47 +272,38 @@ def _cpu_ratio(found: dict[str, Found], name: str, to: str) -> float:
 
 
 def _ends_section(found: dict[str, Found]) -> Section:
-    names = [name for name in found if "prompt" in name]
-    ratio = _ratio(found, "split, 1 prompt", "whole model, 1 prompt")
-    eight = _ratio(found, f"split, {STREAMS} prompts", f"whole model, {STREAMS} prompts")
-    return Section(
+    section = Section(
         "decoding",
         "Greedy generate, GPT-2 small 2:10, LoRA on every part, trunk over loopback",
-        _rows(found, names),
-        [
-            Claim("split / whole model, one prompt", ratio, 0.9, at_most=False),
-            Claim("split / whole model, eight prompts", eight, 0.9, at_most=False),
-        ],
+        _rows(found, [name for name in found if "prompt" in name]),
     )
+    for rows in (1, STREAMS):
+        for kind, of in (("", ""), (", onednn", ""), (", onednn", ", onednn")):
+            split, whole = _name(SPLIT_MODEL, kind, rows), _name(WHOLE, of, rows)
+            ratio = _ratio(found, split, whole)
+            section.claims.append(Claim(f"{split} / {whole}", ratio, 0.9, at_most=False))
+    return section
 
 
 def _trunk_section(found: dict[str, Found]) -> Section:
-    names = [name for name in found if "stream" in name]
-    claims = [
-        Claim(
-            f"{STREAMS} streams together / one stream, {kind}",
-            _ratio(found, f"{kind}, {STREAMS} streams, batched", f"{kind}, 1 stream, each alone"),
-            3.0,
-            at_most=False,
-        )
-        for kind in ("LoRA", "frozen")
-    ]
-    gains = [
-        f"{kind}: of what eight streams take each alone, {BATCHING} gives "
-        f"{_ratio(found, batched, alone):.2f} x the tokens per second for "
-        f"{_cpu_ratio(found, batched, alone):.2f} x the CPU"
-        for kind in ("LoRA", "frozen")
-        for batched, alone in [
-            (f"{kind}, {STREAMS} streams, batched", f"{kind}, {STREAMS} streams, each alone")
-        ]
-    ]
-    return Section(
+    section = Section(
         "decoding_trunk",
         "The trunk alone: one-token forwards of tenants whose ends are not computed",
-        _rows(found, names),
-        claims,
-        gains,
+        _rows(found, [name for name in found if "stream" in name]),
     )
+    for adapter in ("LoRA", "frozen"):
+        for kind in (adapter + added for added in KINDS):
+            batched = _stream_name(kind, STREAMS, "batched")
+            alone = _stream_name(kind, STREAMS, "each alone")
+            text = f"{STREAMS} streams batched / one stream, {kind}"
+            ratio = _ratio(found, batched, _stream_name(kind, 1, "each alone"))
+            section.claims.append(Claim(text, ratio, 3.0, at_most=False))
+            section.notes.append(
+                f"{kind}: of what eight streams take each alone, {BATCHING} gives "
+                f"{_ratio(found, batched, alone):.2f} x the tokens per second for "
+                f"{_cpu_ratio(found, batched, alone):.2f} x the CPU"
+            )
+    return section
 
 
 def _clients_section(found: dict[str, Found]) -> Section:
