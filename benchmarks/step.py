@@ -41,7 +41,11 @@ def measure(peers: bool = True, pairs: int = 15) -> list[Section]:
         peers: Also of other libraries; installs them into environments of their own.
         pairs: How many steps of each count.
     """
-    return [_systems(peers, pairs), _one_core_sides(min(pairs, ONE_CORE_PAIRS))]
+    return [
+        _systems(peers, pairs),
+        _faster(pairs),
+        _one_core_sides(min(pairs, ONE_CORE_PAIRS)),
+    ]
 
 
 def measure_installed(pairs: int = 15) -> list[Section]:
@@ -56,9 +60,6 @@ def _systems(peers: bool, pairs: int) -> Section:
     named: list[tuple[str, Entry]] = [
         (WHOLE, System("benchmarks.peers.whole", required=True)),
         (OURS, System("benchmarks.peers.trunkline", required=True)),
-        (FUSED, System("benchmarks.peers.trunkline", ("--fused", "1"), required=True)),
-        (WHOLE_ONEDNN, System("benchmarks.peers.whole", ("--onednn", "1"), required=True)),
-        (ONEDNN, System("benchmarks.peers.trunkline", FASTEST, required=True)),
         (SOCKET, System("benchmarks.peers.bare_tcp")),
         (RPC, System("benchmarks.peers.torch_rpc")),
     ]
@@ -70,37 +71,57 @@ def _systems(peers: bool, pairs: int) -> Section:
         "A training step: GPT-2 small's size, split 2:10, LoRA r=8, batch 4x128, float32, 2 cores",
         [_row(measured, found[WHOLE]) for measured in found.values()],
     )
-    _claim_step(section, found)
+    ours = found[OURS]
+    for name, other in found.items():
+        if name in (WHOLE, OURS) or other.failure:
+            continue
+        for what, of in (("step", Measured.seconds), ("CPU", Measured.cpu)):
+            ratio = _ratio(ours, other, of).median
+            section.claims.append(Claim(f"{OURS}'s {what} ÷ that of {name}", ratio, 1.0))
+    _claim_loss(section, [ours], found[WHOLE])
     section.notes += [
         "Systems take turns of two steps within one run, of which the second counts; ratios are of "
         "the same turn; "
         f"median (least to most, n={pairs}).",
         "CPU is user and system time of all processes of a system; bytes are what passed over the "
         "loopback interface in the step with the fewest, both ways, headers included.",
-        f"{ONEDNN} is faster than the whole model by another library's matrix products, which the "
-        f"whole model can have as well ({WHOLE_ONEDNN}), not by being split.",
     ]
     section.notes += _odd(found)
     return section
 
 
-def _claim_step(section: Section, found: dict[str, Measured]) -> None:
-    whole, ours = found[WHOLE], found[OURS]
-    for name, other in found.items():
-        if name in (WHOLE, OURS, FUSED, WHOLE_ONEDNN, ONEDNN) or other.failure:
-            continue
-        for what, of in (("step", Measured.seconds), ("CPU", Measured.cpu)):
-            ratio = _ratio(ours, other, of).median
-            section.claims.append(Claim(f"{OURS}'s {what} ÷ that of {name}", ratio, 1.0))
-    for measured in (ours, found[FUSED], found[ONEDNN]):
-        difference = measured.loss_difference(whole)
+def _faster(pairs: int) -> Section:
+    """What the same step takes with what is switched on by name."""
+    found = interleave(
+        [
+            (WHOLE, System("benchmarks.peers.whole", required=True)),
+            (OURS, System("benchmarks.peers.trunkline", required=True)),
+            (FUSED, System("benchmarks.peers.trunkline", ("--fused", "1"), required=True)),
+            (WHOLE_ONEDNN, System("benchmarks.peers.whole", ("--onednn", "1"), required=True)),
+            (ONEDNN, System("benchmarks.peers.trunkline", FASTEST, required=True)),
+        ],
+        pairs,
+    )
+    section = Section(
+        "step_faster",
+        "The same step with a fused loss, and with linear layers by oneDNN",
+        [_row(measured, found[WHOLE]) for measured in found.values()],
+    )
+    for name, of in ((FUSED, WHOLE), (ONEDNN, WHOLE), (ONEDNN, WHOLE_ONEDNN)):
+        ratio = _ratio(found[name], found[of], Measured.seconds).median
+        section.claims.append(Claim(f"{name}: step ÷ that of the {of}", ratio, 1.0))
+    _claim_loss(section, [found[n] for n in (OURS, FUSED, ONEDNN)], found[WHOLE])
+    section.notes = [
+        f"{ONEDNN} is faster than the {WHOLE} by another library's matrix products, which that "
+        f"can have as well ({WHOLE_ONEDNN}), not by being split.",
+    ]
+    return section
+
+
+def _claim_loss(section: Section, systems: list[Measured], whole: Measured) -> None:
+    for measured in systems:
         text = f"largest loss difference of {measured.name} to the whole model"
-        section.claims.append(Claim(text, difference, LOSS_BOUND))
-    for name in (FUSED, ONEDNN):
-        ratio = _ratio(found[name], whole, Measured.seconds).median
-        section.claims.append(Claim(f"{name}: step ÷ the whole model's", ratio, 1.0))
-    ratio = _ratio(found[ONEDNN], found[WHOLE_ONEDNN], Measured.seconds).median
-    section.claims.append(Claim(f"{ONEDNN}: step ÷ that of {WHOLE_ONEDNN}", ratio, 1.0))
+        section.claims.append(Claim(text, measured.loss_difference(whole), LOSS_BOUND))
 
 
 def _one_core_sides(pairs: int) -> Section:
@@ -138,9 +159,7 @@ def _one_core_sides(pairs: int) -> Section:
         ratio = _ratio(one, other, Measured.seconds).median
         text = f"{one.name}: step ÷ that of the {other.name}"
         section.claims.append(Claim(text, ratio, ONE_CORE_BOUND))
-    for one in (best, fastest):
-        text = f"largest loss difference of {one.name} to the whole model"
-        section.claims.append(Claim(text, one.loss_difference(whole), LOSS_BOUND))
+    _claim_loss(section, [best, fastest], whole)
     section.notes.append("trunkline with fused loss; micro-batches are rows of the same batch.")
     section.notes += _odd(found)
     return section

@@ -82,7 +82,7 @@ class SplitModelForCausalLM:
             fused_loss: In training mode, makes the loss and its gradients without the logits, and
                 only where a label counts (see :mod:`client_service.fused_loss`): faster, the same
                 up to rounding, and the output's ``logits`` are None.
-            onednn: Lets oneDNN compute frozen float32 linear layers of the ends: faster on many
+            onednn: Lets oneDNN compute frozen float32 linear layers of the ends: faster on AMD
                 CPUs, the same up to rounding (see :mod:`shared.models.onednn`).
             reconnect_timeout_s: How long to look for a trunk when one is lost; 0 gives up at once.
 

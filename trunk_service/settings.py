@@ -54,7 +54,7 @@ class TrunkSettings(BaseSettings):
     quantize: Literal["", "nf4", "int8"] = ""
     """Hold base weights in NF4 or int8 (bitsandbytes, `pip install trunkline[quant]`)."""
     onednn: bool = False
-    """Let oneDNN compute float32 linear layers: faster on many CPUs, the same up to rounding."""
+    """Let oneDNN compute float32 linear layers: faster on AMD CPUs, the same up to rounding."""
     workers: int = Field(default=1, ge=1)
     """Compute threads; sessions beyond their number take turns."""
     threads: int = Field(default=0, ge=0)

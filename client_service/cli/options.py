@@ -53,7 +53,7 @@ WireFormatOption = Annotated[
 ]
 OneDnnOption = Annotated[
     bool,
-    typer.Option("--onednn", help="Let oneDNN compute frozen linear layers: faster on many CPUs."),
+    typer.Option("--onednn", help="Let oneDNN compute frozen linear layers: faster on AMD CPUs."),
 ]
 
 DEFAULT_TRUNK = "localhost:50052"

