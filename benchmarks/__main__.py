@@ -24,7 +24,18 @@ from benchmarks.report import Section
 
 LOG = logging.getLogger("benchmarks")
 RESULTS = Path(__file__).parent / "results"
-ORDER = ("step", "installed", "wire", "loss", "links", "tenants", "memory", "decoding", "device")
+ORDER = (
+    "step",
+    "faster",
+    "installed",
+    "wire",
+    "loss",
+    "links",
+    "tenants",
+    "memory",
+    "decoding",
+    "device",
+)
 
 
 def main() -> None:
@@ -60,6 +71,7 @@ def _runs(given: argparse.Namespace) -> dict[str, Callable[[], list[Section]]]:
     quick, peers = given.quick, not given.no_peers
     return {
         "step": lambda: step.measure(peers, 5 if quick else 15),
+        "faster": lambda: step.measure_faster(5 if quick else 15),
         "installed": lambda: step.measure_installed(5 if quick else 15),
         "wire": lambda: wire.measure(quick),
         "loss": lambda: loss.measure(quick, given.e2e),

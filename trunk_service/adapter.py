@@ -50,8 +50,10 @@ class TenantAdapter:
     def __init__(
         self, trunk: Trunk, request: AdapterRequest, model: Any, budget: ByteBudget
     ) -> None:
-        self._trunk, self._seed, self._budget = trunk, request.seed, budget
+        self._trunk, self._seed, self.budget = trunk, request.seed, budget
         self.model = model
+        self.version = 0
+        """Another number whenever its weights may have been written."""
         self._draws = draws_dropout(model)
         self._training: bool | None = None
         """The mode of all modules; None if some may be new."""
@@ -152,13 +154,13 @@ class TenantAdapter:
         if micro in self.gradients:
             return 0
         count: int = sum(p.nbytes for p in self.parameters)
-        self._budget.reserve(count)
+        self.budget.reserve(count)
         self._gradient_bytes += count
         return count
 
     def give_back_gradients(self, count: int) -> None:
         """Gives a slot's reserved bytes back."""
-        self._budget.release(count)
+        self.budget.release(count)
         self._gradient_bytes -= count
 
     def drop_gradients(self) -> None:
@@ -238,7 +240,10 @@ class TenantAdapter:
             write_state(restored, self.names, state)
         if weights:
             before = self.parameters
-            load_adapter_weights(self.model, weights)
+            try:
+                load_adapter_weights(self.model, weights)
+            finally:
+                self.version += 1
             self._penalty = self._training = None
             self._list_trainable()
             if any(a is not b for a, b in zip(before, self.parameters, strict=True)):
@@ -247,6 +252,7 @@ class TenantAdapter:
         self._optimizer = restored
         if allocation:
             restore_allocator(self._tuner(), allocation)
+            self.version += 1
             self._penalty = self._training = None
 
     def importance(self, update: bool, report: bool) -> Weights:
@@ -269,6 +275,7 @@ class TenantAdapter:
             AdapterError: If the adapter is not AdaLoRA, or what is kept does not fit it.
         """
         adalora.keep(self._tuner(), kept, last)
+        self.version += 1
         self._training = None
 
     def close(self) -> None:
@@ -300,7 +307,10 @@ class TenantAdapter:
             if gradient is not None and request.gradient_scale != 1.0:
                 gradient = gradient * request.gradient_scale
             parameter.grad = gradient
-        self._optimizer.step()
+        try:
+            self._optimizer.step()
+        finally:
+            self.version += 1
         if adalora.tuner_of(self.model) is None:  # whose importance is read off them afterwards
             self._optimizer.zero_grad(set_to_none=True)
         self.drop_gradients()

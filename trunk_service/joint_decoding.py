@@ -19,7 +19,7 @@ from functools import partial
 
 import torch
 
-from shared.errors import TrunklineError
+from shared.errors import ResourceExhaustedError, TrunklineError
 from trunk_service.adapter import TenantAdapter
 from trunk_service.budget import ByteBudget
 from trunk_service.mixed_adapters import MixedAdapters
@@ -64,12 +64,12 @@ class JointDecoding:
 
     Args:
         trunk: The shared blocks.
-        budget: What working copies of caches and adapters are reserved from.
+        budget: What working copies of caches are reserved from.
     """
 
     def __init__(self, trunk: Trunk, budget: ByteBudget) -> None:
         self._trunk, self._budget = trunk, budget
-        self._mixed = MixedAdapters(trunk, budget)
+        self._mixed = MixedAdapters(trunk)
         self._stacks: list[StackedRows] = []
 
     def run(self, asked: Sequence[tuple[TenantSession, ForwardRequest]]) -> list[Outcome]:
@@ -86,7 +86,10 @@ class JointDecoding:
         answers: dict[int, ForwardAnswer] = {}
         if len(together) > 1:
             try:
-                answers = self._compute(together)
+                with self._mixed.in_use:
+                    answers = self._compute(together)
+            except ResourceExhaustedError as error:
+                logger.debug("no room to compute together: %s", error)
             except Exception:
                 logger.exception("computing together failed; each is computed alone")
         outcomes: list[Outcome] = []
@@ -110,8 +113,11 @@ class JointDecoding:
         return None if ready is None else _Begun(session, request, *ready)
 
     def _compute(self, begun: list[_Begun]) -> dict[int, ForwardAnswer]:
+        admitted = self._mixed.admit(b.adapter for b in begun)
         # In the order of the stack there is, if it is one of the same rows.
-        begun = sorted(begun, key=lambda b: b.rows.number)
+        begun = sorted((b for b in begun if b.adapter in admitted), key=lambda b: b.rows.number)
+        if len(begun) < 2:
+            return {}
         stack = self._stack([b.rows for b in begun])
         info = self._trunk.info
         input_N1D = torch.cat([b.input_B1D for b in begun])

@@ -197,6 +197,9 @@ class SessionRegistry:
         if idle and completed != self._completed_at_trim:
             self._completed_at_trim = completed
             return_freed_memory()
+            if torch.cuda.is_initialized():
+                # Not whenever a session ends: it waits for all that the device computes.
+                torch.cuda.empty_cache()
 
     @property
     def holds_state(self) -> bool:
@@ -242,9 +245,7 @@ def _free_expired(session: OpenSession) -> None:
 
 
 def return_freed_memory() -> None:
-    """Gives memory that was freed back to the system; glibc and torch would keep it for later."""
-    if torch.cuda.is_initialized():
-        torch.cuda.empty_cache()
+    """Gives memory that was freed back to the system; glibc would keep it for later."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
         trim(0)

@@ -14,6 +14,7 @@ _SHARE = 0.75
 to wait for up to a whole one is no loss. With a quarter, eight streams fell apart into two or three
 groups that each waited for the other: 200 tokens/s instead of 300."""
 
+_LONGEST_S = 0.25
 _FORGOTTEN_AFTER_S = 60.0
 
 
@@ -36,13 +37,15 @@ class Returns:
         """Notes that a session was answered after a forward that took so long."""
         before = self._sessions.get(session)
         away_s = 0.0 if before is None else before.returned_after_s
-        self._sessions[session] = _Session(now, _SHARE * took_s, away_s)
+        patience_s = min(_SHARE * took_s, _LONGEST_S)
+        self._sessions[session] = _Session(now, patience_s, away_s)
 
-    def came(self, session: str, now: float) -> None:
-        """Notes that a session has asked again."""
+    def came(self, session: str, now: float, joint: bool = True) -> None:
+        """Notes that a session has asked again; for a joint forward, or for something else."""
         if (known := self._sessions.get(session)) is not None:
-            known.returned_after_s = now - known.answered_at
             known.patience_s = 0.0  # it is here
+            if joint:
+                known.returned_after_s = now - known.answered_at
 
     def wait_s(self, now: float) -> float:
         """How long to wait for those who are due; 0 if nobody is."""

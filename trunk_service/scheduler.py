@@ -181,7 +181,7 @@ class Scheduler:
                     f"{waiting} requests of this session wait already", retry_after_s=0.5
                 )
             self._enter(tenant).queues.setdefault(session, deque()).append(task)
-            self._returns.came(session, task.queued_at)
+            self._returns.came(session, task.queued_at, joint is not None)
             self._changed.notify()
         return task.future
 
@@ -353,6 +353,8 @@ class Scheduler:
         if one.task.joint is not None:
             self._joining = self._joining and one.task.share == 1.0
             self._returns.answered(one.session, now, took_s)
+            if (queue := tenant.queues.get(one.session)) is not None:
+                self._returns.came(one.session, now, queue[0].joint is not None)
         for other in [n for n, t in self._tenants.items() if not t.active]:
             # It would come back at the floor, so that nothing is lost with it.
             if self._tenants[other].used_s <= self._floor_s:

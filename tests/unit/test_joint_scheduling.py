@@ -125,18 +125,44 @@ def returns() -> Iterator[Returns]:
 
 
 def test_who_is_quick_is_waited_for_and_who_is_not_is_not(returns: Returns) -> None:
-    returns.answered("quick", 0.0, took_s=4.0)
-    assert returns.wait_s(0.4) == pytest.approx(2.6)  # three seconds of four at most
-    returns.came("quick", 0.5)
-    assert returns.wait_s(0.5) == 0.0
-    returns.answered("quick", 5.0, took_s=4.0)
-    returns.answered("slow", 5.0, took_s=4.0)
-    returns.came("slow", 8.5)
-    returns.answered("slow", 9.0, took_s=4.0)
-    assert returns.wait_s(9.0) == 0.0
-    returns.came("quick", 9.0)
-    returns.answered("quick", 9.5, took_s=4.0)
-    assert returns.wait_s(9.5) == 0.0  # it took four seconds the last time
+    returns.answered("quick", 0.0, took_s=0.2)
+    assert returns.wait_s(0.05) == pytest.approx(0.1)  # three quarters at most
+    returns.came("quick", 0.1)
+    assert returns.wait_s(0.1) == 0.0
+    returns.answered("quick", 1.0, took_s=0.2)
+    returns.answered("slow", 1.0, took_s=0.2)
+    returns.came("slow", 1.2)
+    returns.answered("slow", 1.3, took_s=0.2)
+    assert returns.wait_s(1.3) == 0.0
+    returns.came("quick", 1.3)
+    returns.answered("quick", 1.4, took_s=0.2)
+    assert returns.wait_s(1.4) == 0.0  # it took three tenths of a second the last time
+
+
+def test_nobody_is_waited_for_longer_than_a_quarter_of_a_second(returns: Returns) -> None:
+    returns.answered("quick", 0.0, took_s=60.0)
+    assert returns.wait_s(0.0) == pytest.approx(0.25)
+
+
+def test_who_asks_for_something_else_is_not_waited_for_and_no_quicker(returns: Returns) -> None:
+    returns.answered("slow", 0.0, took_s=0.2)
+    returns.came("slow", 0.01, joint=False)
+    assert returns.wait_s(0.01) == 0.0
+    returns.came("slow", 0.5)
+    returns.answered("slow", 0.6, took_s=0.2)
+    returns.came("slow", 0.61, joint=False)
+    returns.answered("slow", 0.7, took_s=0.2)
+    assert returns.wait_s(0.7) == 0.0
+
+
+def test_whose_next_token_waits_already_is_not_waited_for() -> None:
+    """Else a client that sends several ahead would hold up the others after each of them."""
+    crowd = Crowd(max_rows=3)
+    ahead = [crowd.submit(name) for name in ("a0", "a1", "a2")]
+    crowd._gate.set()
+    # By this clock no time passes while the worker waits: it would wait for good.
+    assert [future.result(5) for future in ahead] == ["a0", "a1", "a2"]
+    assert crowd.run() == [["a0"], ["a1"], ["a2"]]
 
 
 def test_who_does_not_come_back_is_forgotten(returns: Returns) -> None:
