@@ -38,6 +38,7 @@ HELD = {"retained": (1, 4)}
 MANY_HELD = (4, 16)
 ADAMW = OptimizerSettings("adamw", {"lr": 1e-4})
 LEFT_MIB = 20.0
+HOLDING_IDLE_S = 12.5
 IDLE_S = 3.5  # within 2 s of idleness freed memory goes back to the system
 KIB = 1024
 
@@ -50,9 +51,9 @@ class Daemon:
     process: psutil.Process
     metrics: str
 
-    def rss(self) -> int:
-        """Resident bytes once it is idle."""
-        time.sleep(IDLE_S)
+    def rss(self, holding: bool = False) -> int:
+        """Resident bytes once it is idle; a trunk that holds forwards waits longer for clients."""
+        time.sleep(HOLDING_IDLE_S if holding else IDLE_S)
         return int(self.process.memory_info().rss)
 
     def accounted(self) -> float:
@@ -157,7 +158,7 @@ def held(model: str, flags: tuple[str, ...], counts: tuple[int, int]) -> dict[st
         for number in range(1, counts[-1] + 1):
             client.forward(hidden_BTD, request_id=f"held-{number}")
             if number in counts:
-                resident.append(trunk.rss())
+                resident.append(trunk.rss(holding=True))
                 accounted.append(trunk.accounted())
         left = [_left(trunk, client, hidden_BTD, counts[-1]) - before for _ in range(ROUNDS)]
     tokens = (counts[1] - counts[0]) * BATCH * TOKENS

@@ -205,6 +205,7 @@ class MixedAdapters:
             return False
         layers = _lora_layers(adapter.model).values()
         finite = all(bool(la.lora_B["default"].weight.isfinite().all()) for la in layers)
+        self._refused.pop(adapter, None)
         if not finite:
             self._refused[adapter] = version
             self._watch(adapter)

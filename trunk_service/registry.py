@@ -36,6 +36,9 @@ logger = logging.getLogger(__name__)
 # Answers that wait for a client to come back and fetch them, in bytes of one session.
 _KEPT_ANSWER_BYTES = 64 * 1024**2
 
+# Idle calls before memory goes back while somebody is in the middle of a step.
+_HOLDING_CALLS = 10
+
 _M_ARENA_MAX = -8  # of malloc.h
 
 
@@ -79,7 +82,7 @@ class SessionRegistry:
         self._sessions: dict[str, OpenSession] = {}
         self._opening: set[Future[OpenSession]] = set()
         self._completed_before = 0
-        self._completed_at_trim = 0
+        self._completed_at_trim = self._idle_calls = 0
 
     def __len__(self) -> int:
         return len(self._sessions)
@@ -189,12 +192,16 @@ class SessionRegistry:
     def return_memory_when_idle(self) -> None:
         """Gives freed memory back to the system once nothing was computed since the last call.
 
-        Between the requests of a busy trunk it would only be asked for again at once.
+        Between the requests of a busy trunk it would only be asked for again at once. While a
+        client computes its own share of a step, which can take seconds, its next request is on its
+        way: with a forward or gradients held, it takes ten such calls.
         """
         completed = self.scheduler.completed
         idle = self.scheduler.idle and completed == self._completed_before
         self._completed_before = completed
-        if idle and completed != self._completed_at_trim:
+        self._idle_calls = self._idle_calls + 1 if idle else 0
+        due = self._idle_calls >= (_HOLDING_CALLS if self.holds_state else 1)
+        if due and completed != self._completed_at_trim:
             self._completed_at_trim = completed
             return_freed_memory()
             if torch.cuda.is_initialized():

@@ -51,7 +51,8 @@ def use_onednn(module: nn.Module, dtype: torch.dtype, device: torch.device) -> N
     Quantised layers stay as they are, and so does a layer for as long as it is trained itself.
 
     Raises:
-        InvalidInputError: If they are not in float32 on a CPU, or torch has no oneDNN.
+        InvalidInputError: If they are not in float32 on a CPU, there are none, or torch has no
+            oneDNN.
     """
     if dtype != torch.float32 or device.type != "cpu":
         raise InvalidInputError(
@@ -59,10 +60,12 @@ def use_onednn(module: nn.Module, dtype: torch.dtype, device: torch.device) -> N
         )
     if not torch.backends.mkldnn.is_available():
         raise InvalidInputError("onednn: this torch was built without oneDNN")
-    for layer in module.modules():
+    plain = [layer for layer in module.modules() if type(layer) in _CLASSES]
+    if not plain:
+        raise InvalidInputError("onednn: there is no plain linear layer; are they quantised?")
+    for layer in plain:
         # By class, so that copies, PEFT's wrappers and saved names stay those of the same layer.
-        if (kind := _CLASSES.get(type(layer))) is not None:
-            layer.__class__ = kind
+        layer.__class__ = _CLASSES[type(layer)]
 
 
 def product(
