@@ -20,6 +20,7 @@ from benchmarks.report import Claim, Row, Section, Spread
 LOG = logging.getLogger("benchmarks")
 LOSS_BOUND, PEER_LOSS_BOUND = 1e-5, 1e-4
 IDLE_BOUND = 0.02
+WHAT = "GPT-2 small's size, split 2:10, LoRA r=8, batch 4x128, float32, 2 cores"
 ONE_CORE_BOUND = 0.65
 ONE_CORE_PAIRS = 7
 
@@ -35,13 +36,15 @@ PEERS = {
 
 
 def measure(peers: bool = True, pairs: int = 15) -> list[Section]:
-    """Measures a step of every system.
+    """Measures a step beside other libraries' ways to split it.
 
     Args:
-        peers: Also of other libraries; installs them into environments of their own.
+        peers: Install them into environments of their own; without, nothing is beside.
         pairs: How many steps of each count.
     """
-    return [_systems(peers, pairs)]
+    title = "A training step beside other libraries"
+    named = [(name, _peer(library)) for name, library in PEERS.items()]
+    return [_systems("step", title, named if peers else [], pairs)]
 
 
 def measure_faster(pairs: int = 15) -> list[Section]:
@@ -50,29 +53,25 @@ def measure_faster(pairs: int = 15) -> list[Section]:
 
 
 def measure_installed(pairs: int = 15) -> list[Section]:
-    """Measures a step of the systems that need nothing but what is installed anyway."""
-    section = _systems(False, pairs)
-    section.name = "step_installed"
-    section.title += "; without other libraries"
-    return [section]
-
-
-def _systems(peers: bool, pairs: int) -> Section:
+    """Measures a step beside other ways to split it that torch and a socket bring along."""
     named: list[tuple[str, Entry]] = [
-        (WHOLE, System("benchmarks.peers.whole", required=True)),
-        (OURS, System("benchmarks.peers.trunkline", required=True)),
         (SOCKET, System("benchmarks.peers.bare_tcp")),
         # It computes on 16 threads in turn; each would keep a step's memory in an arena of its own.
         (RPC, System("benchmarks.peers.torch_rpc", environment={"MALLOC_ARENA_MAX": "1"})),
     ]
-    if peers:
-        named += [(name, _peer(library)) for name, library in PEERS.items()]
+    title = "A training step beside a bare socket and torch's own RPC"
+    return [_systems("step_installed", title, named, pairs)]
+
+
+def _systems(name: str, title: str, others: list[tuple[str, Entry]], pairs: int) -> Section:
+    """Few at a time: where memory is short, a trunk that gives it back while idle pays for it."""
+    named: list[tuple[str, Entry]] = [
+        (WHOLE, System("benchmarks.peers.whole", required=True)),
+        (OURS, System("benchmarks.peers.trunkline", required=True)),
+        *others,
+    ]
     found = interleave(named, pairs)
-    section = Section(
-        "step",
-        "A training step: GPT-2 small's size, split 2:10, LoRA r=8, batch 4x128, float32, 2 cores",
-        [_row(measured, found[WHOLE]) for measured in found.values()],
-    )
+    section = Section(name, f"{title}: {WHAT}", [_row(m, found[WHOLE]) for m in found.values()])
     ours = found[OURS]
     for name, other in found.items():
         if name in (WHOLE, OURS) or other.failure:
