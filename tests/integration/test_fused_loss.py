@@ -44,7 +44,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_tiny_model("gpt2", tmp_path_factory.mktemp("fused") / "model")
 
 
-BY_ONEDNN = ("lora", "dora", "prompt", "full ends, tied")
+BY_ONEDNN = ("lora", "full ends, tied")
 
 
 @pytest.mark.parametrize(

@@ -250,7 +250,7 @@ def test_if_computing_together_fails_each_is_computed_alone(
     check(host, streams, 3)
 
 
-@pytest.mark.parametrize("flags", [{}, {"fused": True}, {"foreach": True}], ids=str)
+@pytest.mark.parametrize("flags", [{}, {"fused": True}], ids=str)
 def test_a_step_of_a_tenant_is_seen_and_its_weights_stay_its_own(
     gpt2: Trunk, flags: dict[str, bool]
 ) -> None:
