@@ -70,6 +70,7 @@ def test_train_eval_generate_and_load_with_plain_peft(
     assert isinstance(PeftModel.from_pretrained(base, out / "adapter"), PeftModel)
 
 
+@pytest.mark.slow
 def test_verify_says_what_differs(trunkd: Callable[..., Daemon]) -> None:
     done = trunkline("verify", "--trunk", trunkd().address, "--steps", "5")
     assert done.returncode == 0, done.stderr
@@ -205,6 +206,7 @@ def test_a_port_serves_one_daemon(trunkd: Callable[..., Daemon]) -> None:
     assert done.returncode == 2 and taken in done.stderr
 
 
+@pytest.mark.slow
 def test_a_silent_session_is_freed(tmp_path: Path) -> None:
     daemon = start_daemon(tmp_path, "--session-lease-s", "0.5")
     session = TrunkSession(daemon.address, SessionTerms(), reconnect_timeout_s=0)

@@ -150,7 +150,7 @@ def test_a_method_with_rotary_positions(method: str, trunkd: Start, model_of: Fo
     check(model_of, trunkd, "llama", method)
 
 
-@pytest.mark.parametrize("quantize", ["nf4", "int8"])
+@pytest.mark.parametrize("quantize", ["nf4", pytest.param("int8", marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     ("family", "method"),
     [("gpt2", "lora"), pytest.param("llama", "adalora", marks=pytest.mark.slow)],
