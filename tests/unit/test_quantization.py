@@ -358,7 +358,6 @@ def test_without_bitsandbytes_the_error_says_what_to_install(
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @each_family
 @each_kind
 def test_parts_are_the_whole_model_on_a_gpu(
