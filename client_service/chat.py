@@ -7,8 +7,12 @@ what it made of the turns before, and a cache that was continued would round dif
 from __future__ import annotations
 
 import contextlib
+import signal
 import sys
+import threading
+from collections.abc import Iterator
 from dataclasses import dataclass, field
+from types import FrameType
 from typing import Any, TextIO
 
 import torch
@@ -72,11 +76,14 @@ def chat(
     model.eval()
     try:
         notes.write(f"{HELP}\n")
-        while (line := _read(source, notes)) not in (None, "/quit"):
-            if line == "/reset":
-                talk.reset()
-            elif line:
-                talk.answer(line)
+        with _remembered_interrupts() as talk.interrupted:
+            while (line := _read(source, notes)) not in (None, "/quit"):
+                if line == "/reset":
+                    talk.reset()
+                elif line:
+                    talk.answer(line)
+                if talk.interrupted.is_set():
+                    raise KeyboardInterrupt
     except KeyboardInterrupt:
         sink.write("\n")
     finally:
@@ -95,6 +102,8 @@ class Conversation:
     notes: TextIO
     turns: list[dict[str, str]] = field(default_factory=list)
     """User and assistant by turns."""
+    interrupted: threading.Event = field(default_factory=threading.Event)
+    """Set by Ctrl-C."""
 
     def reset(self) -> None:
         """Begins anew.
@@ -123,7 +132,8 @@ class Conversation:
             self.turns.pop()
             return ""
         prompt_tokens = inputs["input_ids"].shape[1]
-        streamer = _Reply(self.tokenizer, self.sink, None if self._has_template else _STOP)
+        stop = None if self._has_template else _STOP
+        streamer = _Reply(self.tokenizer, self.sink, stop, self.interrupted)
         self.model.generate(
             **inputs,
             max_new_tokens=min(self.options.max_new_tokens, self._positions - prompt_tokens),
@@ -198,13 +208,22 @@ class Conversation:
 class _Reply(TextStreamer):  # type: ignore[misc]
     """Writes a reply as its words come, up to what would begin the user's next line."""
 
-    def __init__(self, tokenizer: Any, sink: TextIO, stop: str | None) -> None:
+    def __init__(
+        self, tokenizer: Any, sink: TextIO, stop: str | None, interrupted: threading.Event
+    ) -> None:
         super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
         self.text = ""
         self._all = ""
         self._sink = sink
         self._stop = stop
+        self._interrupted = interrupted
         self._written = 0
+
+    def put(self, value: torch.Tensor) -> None:
+        """Called by ``generate`` with the prompt, and with every new token."""
+        if self._interrupted.is_set():
+            raise KeyboardInterrupt
+        super().put(value)
 
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
         """Called by the streamer with text that will not change any more."""
@@ -221,6 +240,33 @@ class _Reply(TextStreamer):  # type: ignore[misc]
         """Length of the end of the text that may turn out to begin the stop string."""
         stop = self._stop or ""
         return next((n for n in range(len(stop), 0, -1) if self.text.endswith(stop[:n])), 0)
+
+
+@contextlib.contextmanager
+def _remembered_interrupts() -> Iterator[threading.Event]:
+    """Ctrl-C raises KeyboardInterrupt as ever and sets the event.
+
+    The exception alone can be lost: it is raised wherever the main thread is, and native code and
+    bare ``except`` clauses of libraries clear what was raised inside them.
+    """
+    came = threading.Event()
+
+    def remember(number: int, frame: FrameType | None) -> None:
+        came.set()
+        signal.default_int_handler(number, frame)
+
+    is_ours = (
+        threading.current_thread() is threading.main_thread()
+        and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    )
+    if not is_ours:
+        yield came  # whoever set another handler decides what Ctrl-C does
+        return
+    signal.signal(signal.SIGINT, remember)
+    try:
+        yield came
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def _transcript(system: str, turns: list[dict[str, str]]) -> str:

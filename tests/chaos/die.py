@@ -140,13 +140,14 @@ class Watch:
             return time.monotonic() - since > _UNCHANGED_S
 
         wait_until(settled, [self._child], _QUIET_TIMEOUT_S, "memory that settles")
+        descriptors = self._process.num_fds()  # before what follows opens a connection and a file
         counted = self._count()
         return Look(
             sessions=self._gauge("trunkline_sessions"),
             held_bytes=self._gauge("trunkline_held_bytes"),
             session_objects=counted["sessions"],
             tensors=counted["tensors"],
-            descriptors=self._process.num_fds(),
+            descriptors=descriptors,
             resident_bytes=last,
         )
 

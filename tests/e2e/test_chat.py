@@ -10,8 +10,9 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from select import select
 
 import pytest
 import torch
@@ -104,6 +105,25 @@ def test_a_chat_template_says_how_turns_are_written() -> None:
         talk(model, tokenizer, options, io.StringIO(), sink, notes)
 
 
+@pytest.mark.parametrize("hook", ["register_forward_pre_hook", "register_forward_hook"])
+def test_control_c_counts_when_its_exception_is_lost(hook: str) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(model_dir())
+    model = AutoModelForCausalLM.from_pretrained(model_dir(), dtype=torch.float32)
+    tokens = 0
+
+    def swallow(*_: object) -> None:
+        nonlocal tokens
+        tokens += 1
+        with suppress(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+
+    getattr(model, hook)(swallow)
+    source, sink, notes = io.StringIO("\n".join(ASKED)), io.StringIO(), io.StringIO()
+    talk(model, tokenizer, ChatOptions(max_new_tokens=50), source, sink, notes)
+    assert tokens == 1 and source.read() == ASKED[1]
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
 @pytest.mark.slow
 def test_an_adapter_and_a_seed_decide_what_is_said(bundled_trunk: Daemon, tmp_path: Path) -> None:
     config = LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=["c_attn", "c_proj", "c_fc"])
@@ -179,9 +199,11 @@ def on_a_terminal(trunk: Daemon, *arguments: str) -> Iterator[tuple[subprocess.P
         os.close(ours)
 
 
-def read_until(terminal: int, wanted: bytes) -> bytes:
+def read_until(terminal: int, wanted: bytes, timeout_s: float = 60.0) -> bytes:
+    """What the terminal shows up to the wanted text; an OSError says that it was closed."""
     seen = b""
     while wanted not in seen:
+        assert select([terminal], [], [], timeout_s)[0], f"nothing more after {seen!r}"
         seen += os.read(terminal, 4096)
     return seen
 
