@@ -12,6 +12,8 @@ import json
 import logging
 import os
 import platform
+import signal
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -41,6 +43,8 @@ ORDER = (
 def main() -> None:
     """Runs benchmarks one after another and writes what they found."""
     logging.basicConfig(level="INFO", format="%(message)s")
+    # As an interrupt does: unwinds, and so ends the processes that were started.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     parser = argparse.ArgumentParser(
         description=__doc__,
         prog="trunkline bench",

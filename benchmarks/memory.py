@@ -38,8 +38,8 @@ HELD = {"retained": (1, 4)}
 MANY_HELD = (4, 16)
 ADAMW = OptimizerSettings("adamw", {"lr": 1e-4})
 LEFT_MIB = 20.0
-HOLDING_IDLE_S = 12.5
-IDLE_S = 3.5  # within 2 s of idleness freed memory goes back to the system
+RETURN_AFTER_S = "1"  # 30 by default; what goes back is the same
+IDLE_S = 3.5
 KIB = 1024
 
 
@@ -51,9 +51,9 @@ class Daemon:
     process: psutil.Process
     metrics: str
 
-    def rss(self, holding: bool = False) -> int:
-        """Resident bytes once it is idle; a trunk that holds forwards waits longer for clients."""
-        time.sleep(HOLDING_IDLE_S if holding else IDLE_S)
+    def rss(self) -> int:
+        """Resident bytes once it was idle for long enough to give freed memory back."""
+        time.sleep(IDLE_S)
         return int(self.process.memory_info().rss)
 
     def accounted(self) -> float:
@@ -71,7 +71,8 @@ def daemon(model: str, *flags: str) -> Iterator[Daemon]:
         free.bind(("127.0.0.1", 0))
         metrics = f"127.0.0.1:{free.getsockname()[1]}"
     before = {process.pid for process in trunk_processes()}
-    with local_trunk(model, SPLIT, flags=("--metrics", metrics, *flags)) as address:
+    flags = ("--metrics", metrics, "--return-memory-after-s", RETURN_AFTER_S, *flags)
+    with local_trunk(model, SPLIT, flags=flags) as address:
         process = next(p for p in trunk_processes() if p.pid not in before)
         yield Daemon(address, process, metrics)
 
@@ -158,7 +159,7 @@ def held(model: str, flags: tuple[str, ...], counts: tuple[int, int]) -> dict[st
         for number in range(1, counts[-1] + 1):
             client.forward(hidden_BTD, request_id=f"held-{number}")
             if number in counts:
-                resident.append(trunk.rss(holding=True))
+                resident.append(trunk.rss())
                 accounted.append(trunk.accounted())
         left = [_left(trunk, client, hidden_BTD, counts[-1]) - before for _ in range(ROUNDS)]
     tokens = (counts[1] - counts[0]) * BATCH * TOKENS

@@ -25,6 +25,7 @@ ONE_CORE_BOUND = 0.65
 ONE_CORE_PAIRS = 7
 
 WHOLE, OURS, FUSED = "whole model", "trunkline", "trunkline, fused loss"
+WHOLE_KEPT = "whole model, freed memory kept"
 WHOLE_ONEDNN, ONEDNN = "whole model, onednn", "trunkline, fused loss, onednn"
 FASTEST = ("--fused", "1", "--onednn", "1")
 SOCKET, RPC = "bare TCP socket", "PyTorch RPC over TCP"
@@ -55,6 +56,7 @@ def measure_faster(pairs: int = 15) -> list[Section]:
 def measure_installed(pairs: int = 15) -> list[Section]:
     """Measures a step beside other ways to split it that torch and a socket bring along."""
     named: list[tuple[str, Entry]] = [
+        (FUSED, System("benchmarks.peers.trunkline", ("--fused", "1"), required=True)),
         (SOCKET, System("benchmarks.peers.bare_tcp")),
         # It computes on 16 threads in turn; each would keep a step's memory in an arena of its own.
         (RPC, System("benchmarks.peers.torch_rpc", environment={"MALLOC_ARENA_MAX": "1"})),
@@ -72,14 +74,17 @@ def _systems(name: str, title: str, others: list[tuple[str, Entry]], pairs: int)
     ]
     found = interleave(named, pairs)
     section = Section(name, f"{title}: {WHAT}", [_row(m, found[WHOLE]) for m in found.values()])
-    ours = found[OURS]
-    for name, other in found.items():
-        if name in (WHOLE, OURS) or other.failure:
+    ours = [found[name] for name in (OURS, FUSED) if name in found]
+    for other in found.values():
+        if other is found[WHOLE] or other in ours or other.failure:
             continue
-        for what, of in (("step", Measured.seconds), ("CPU", Measured.cpu)):
-            ratio = _ratio(ours, other, of).median
-            section.claims.append(Claim(f"{OURS}'s {what} ÷ that of {name}", ratio, 1.0))
-    _claim_loss(section, [ours], found[WHOLE])
+        for one in ours:
+            for what, of in (("step", Measured.seconds), ("CPU", Measured.cpu)):
+                ratio = _ratio(one, other, of).median
+                section.claims.append(
+                    Claim(f"{one.name}: {what} ÷ that of {other.name}", ratio, 1.0)
+                )
+    _claim_loss(section, ours, found[WHOLE])
     section.notes += [
         "Systems take turns of two steps within one run, of which the second counts; ratios are of "
         "the same turn; "
@@ -96,9 +101,13 @@ def _faster(pairs: int) -> Section:
     found = interleave(
         [
             (WHOLE, System("benchmarks.peers.whole", required=True)),
+            (WHOLE_KEPT, System("benchmarks.peers.whole", ("--keep", "1"), required=True)),
             (OURS, System("benchmarks.peers.trunkline", required=True)),
             (FUSED, System("benchmarks.peers.trunkline", ("--fused", "1"), required=True)),
-            (WHOLE_ONEDNN, System("benchmarks.peers.whole", ("--onednn", "1"), required=True)),
+            (
+                WHOLE_ONEDNN,
+                System("benchmarks.peers.whole", ("--onednn", "1", "--keep", "1"), required=True),
+            ),
             (ONEDNN, System("benchmarks.peers.trunkline", FASTEST, required=True)),
         ],
         pairs,
@@ -108,7 +117,8 @@ def _faster(pairs: int) -> Section:
         "The same step with a fused loss, and with linear layers by oneDNN",
         [_row(measured, found[WHOLE]) for measured in found.values()],
     )
-    for name, of in ((FUSED, WHOLE), (ONEDNN, WHOLE), (ONEDNN, WHOLE_ONEDNN)):
+    beside = ((FUSED, WHOLE), (FUSED, WHOLE_KEPT), (ONEDNN, WHOLE), (ONEDNN, WHOLE_ONEDNN))
+    for name, of in beside:
         ratio = _ratio(found[name], found[of], Measured.seconds).median
         section.claims.append(Claim(f"{name}: step ÷ that of the {of}", ratio, 1.0))
     _claim_loss(section, [found[n] for n in (OURS, FUSED, ONEDNN)], found[WHOLE])
@@ -116,6 +126,8 @@ def _faster(pairs: int) -> Section:
         f"{ONEDNN} is faster than the {WHOLE} by another library's matrix products, which that "
         f"can have as well ({WHOLE_ONEDNN}), and {FUSED} by a loss that works on any model "
         "(`fused_linear_cross_entropy`); neither by being split.",
+        f"{OURS} keeps the memory that a step frees, as `trunkline train` does; so do "
+        f"{WHOLE_KEPT} and {WHOLE_ONEDNN}.",
     ]
     return section
 
@@ -213,7 +225,7 @@ def main() -> None:
     """Prints what was found, as Markdown."""
     logging.basicConfig(level="INFO", format="%(message)s")
     # As an interrupt does: unwinds, and so ends what was started.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     arguments = argparse.ArgumentParser(description=__doc__)
     arguments.add_argument("--pairs", type=int, default=15)
     arguments.add_argument("--no-peers", action="store_true")

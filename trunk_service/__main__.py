@@ -16,6 +16,7 @@ from pydantic_settings import CliApp
 
 from shared.bundled import model_dir
 from shared.errors import InvalidInputError, TrunklineError
+from shared.freed_memory import return_freed_memory
 from shared.logs import log_json
 from shared.models import SplitRange
 from trunk_service.access import open_access
@@ -23,7 +24,7 @@ from trunk_service.joint_decoding import JointDecoding
 from trunk_service.joint_forwards import JointForwards
 from trunk_service.observation import serve_observation
 from trunk_service.offload import OffloadArea
-from trunk_service.registry import SessionRegistry, return_freed_memory
+from trunk_service.registry import SessionRegistry
 from trunk_service.scheduler import Scheduler
 from trunk_service.server import TrunkServer
 from trunk_service.settings import TrunkSettings

@@ -42,3 +42,5 @@ class Limits:
     """How long a session may be silent."""
     resume_window_s: float = 60.0
     """How long a session whose connection broke waits for its client."""
+    return_memory_after_s: float = 30.0
+    """How long nothing was computed when freed memory goes back to the system."""

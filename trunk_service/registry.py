@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import ctypes
 import logging
-import os
 import time
 import uuid
 from collections.abc import Callable
@@ -21,6 +19,7 @@ from shared.errors import (
     UnknownSessionError,
 )
 from shared.failpoints import reach
+from shared.freed_memory import return_freed_memory
 from trunk_service.answers import KeptAnswers
 from trunk_service.budget import ByteBudget
 from trunk_service.limits import Limits
@@ -35,11 +34,6 @@ logger = logging.getLogger(__name__)
 
 # Answers that wait for a client to come back and fetch them, in bytes of one session.
 _KEPT_ANSWER_BYTES = 64 * 1024**2
-
-# Idle calls before memory goes back while somebody is in the middle of a step.
-_HOLDING_CALLS = 10
-
-_M_ARENA_MAX = -8  # of malloc.h
 
 
 @dataclass
@@ -81,8 +75,8 @@ class SessionRegistry:
         self.draining = False
         self._sessions: dict[str, OpenSession] = {}
         self._opening: set[Future[OpenSession]] = set()
-        self._completed_before = 0
-        self._completed_at_trim = self._idle_calls = 0
+        self._completed_before = self._completed_at_trim = 0
+        self._idle_since = time.monotonic()
 
     def __len__(self) -> int:
         return len(self._sessions)
@@ -190,17 +184,16 @@ class SessionRegistry:
                 )
 
     def return_memory_when_idle(self) -> None:
-        """Gives freed memory back to the system once nothing was computed since the last call.
+        """Gives freed memory back to the system once nothing was computed for long enough.
 
-        Between the requests of a busy trunk it would only be asked for again at once. While a
-        client computes its own share of a step, which can take seconds, its next request is on its
-        way: with a forward or gradients held, it takes ten such calls.
+        Between the requests of a busy trunk it would only be asked for again at once, and a client
+        may compute its own share of a step, evaluate or write a checkpoint for many seconds. Pages
+        are dear to take again, most of all where a hypervisor has them meanwhile.
         """
-        completed = self.scheduler.completed
-        idle = self.scheduler.idle and completed == self._completed_before
-        self._completed_before = completed
-        self._idle_calls = self._idle_calls + 1 if idle else 0
-        due = self._idle_calls >= (_HOLDING_CALLS if self.holds_state else 1)
+        completed, now = self.scheduler.completed, time.monotonic()
+        if not self.scheduler.idle or completed != self._completed_before:
+            self._completed_before, self._idle_since = completed, now
+        due = now - self._idle_since >= self.limits.return_memory_after_s
         if due and completed != self._completed_at_trim:
             self._completed_at_trim = completed
             return_freed_memory()
@@ -249,22 +242,3 @@ def _free_expired(session: OpenSession) -> None:
     for request_id in session.state.held.drop_expired():
         extra = {"session": session.session_id, "request": request_id}
         logger.warning("held state expired: no backward came", extra=extra)
-
-
-def return_freed_memory() -> None:
-    """Gives memory that was freed back to the system; glibc would keep it for later."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim is not None:
-        trim(0)
-
-
-def allocate_from_one_arena() -> None:
-    """Makes all threads allocate from one arena; to be called before there are others.
-
-    gRPC's, the event loop's and the compute threads' hand tensors to each other. With an arena for
-    each, glibc keeps parts of all of them, 10 to 25 MiB after held state was freed; with one it
-    gives back all but 1 MiB. Threads hardly ever wait for it: large tensors have their own pages.
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None and "MALLOC_ARENA_MAX" not in os.environ:
-        mallopt(_M_ARENA_MAX, 1)

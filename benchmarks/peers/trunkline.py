@@ -17,10 +17,12 @@ from benchmarks.processes import pin, trunk_processes
 from client_service.local_trunk import local_trunk
 from client_service.pipeline import accumulate
 from client_service.split_model import SplitModelForCausalLM
+from shared.freed_memory import keep_freed_memory
 
 
 def main() -> None:
     given = task("fused", "onednn", "core", "trunk-core", "micro", "in-flight")
+    keep_freed_memory()  # as `trunkline train` does
     flags = ["--threads", str(given.threads)]
     if given.options.onednn:
         flags.append("--onednn")

@@ -54,6 +54,7 @@ from client_service.split_model import SplitModelForCausalLM
 from client_service.training import StepMetrics, TrainingPlan, train
 from shared.bundled import private_train_file
 from shared.errors import CheckpointError, TrunklineError
+from shared.freed_memory import keep_freed_memory
 from shared.models.tensor_files import first_line
 
 _MIB = 1024**2
@@ -142,6 +143,7 @@ def train_command(
             f"--out"
         )
     prepare(settings.threads)
+    keep_freed_memory()
     _train(out, settings, resume)
 
 

@@ -32,7 +32,7 @@ MEMORY_BOUND = 0.02
 # compute thread's last task and the list of sessions being opened.
 _LAST_SESSIONS = 2
 _QUIET_TIMEOUT_S = 60.0
-_UNCHANGED_S = 4.0  # an idle trunk gives freed memory back within two seconds
+_RETURN_AFTER_S, _UNCHANGED_S = "1", 4.0
 
 
 @dataclass(frozen=True)
@@ -59,6 +59,8 @@ def run(stage: Stage, options: Options, report: Report) -> None:
         "trunk",
         "--resume-window-s",
         str(RESUME_WINDOW_S),
+        "--return-memory-after-s",
+        _RETURN_AFTER_S,
         "--metrics",
         metrics,
         module="tests.chaos.counted_trunk",
