@@ -1,0 +1,60 @@
+"""What malloc does with a block that was freed, in processes of their own."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+BLOCK_PAGES = 16_384  # of 4 KiB: far above the 32 MiB from which glibc maps every block anew
+PROBE = """
+import ctypes, resource, sys
+from shared import freed_memory
+
+libc = ctypes.CDLL(None)
+libc.malloc.restype, libc.free.argtypes = ctypes.c_void_p, [ctypes.c_void_p]
+
+def faults_of_a_block(size):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    block = libc.malloc(size)
+    ctypes.memset(block, 1, size)
+    libc.free(block)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+for call in sys.argv[2:]:
+    getattr(freed_memory, call)()
+size = int(sys.argv[1]) * 4096
+faults_of_a_block(size)
+print(faults_of_a_block(size))
+if "keep_freed_memory" in sys.argv:
+    freed_memory.return_freed_memory()
+    print(faults_of_a_block(size))
+"""
+
+
+def faults(*calls: str, **environment: str) -> list[int]:
+    """Pages that a block takes the second time; once more after memory was given back."""
+    settings = {n: v for n, v in os.environ.items() if not n.startswith(("MALLOC_", "GLIBC_"))}
+    found = subprocess.run(
+        [sys.executable, "-c", PROBE, str(BLOCK_PAGES), *calls],
+        env=settings | environment,
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=60,
+    )
+    return [int(line) for line in found.stdout.split()]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc's malloc")
+def test_a_freed_block_is_used_again_until_it_is_given_back() -> None:
+    assert faults()[0] > BLOCK_PAGES / 2
+    kept, returned = faults("keep_freed_memory")
+    assert kept < BLOCK_PAGES / 100 and returned > BLOCK_PAGES / 2
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc's malloc")
+def test_whoever_sets_malloc_decides() -> None:
+    assert faults("keep_freed_memory", MALLOC_TOP_PAD_="65536")[0] > BLOCK_PAGES / 2
