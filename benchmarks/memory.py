@@ -161,7 +161,13 @@ def held(model: str, flags: tuple[str, ...], counts: tuple[int, int]) -> dict[st
             if number in counts:
                 resident.append(trunk.rss())
                 accounted.append(trunk.accounted())
-        left = [_left(trunk, client, hidden_BTD, counts[-1]) - before for _ in range(ROUNDS)]
+        names = [f"held-{n}" for n in range(1, counts[1] + 1)]
+        left = [_left(trunk, client, names) - before]
+        for number in range(1, ROUNDS):
+            names = [f"round-{number}-{n}" for n in range(1, counts[1] + 1)]
+            for name in names:
+                client.forward(hidden_BTD, request_id=name)
+            left.append(_left(trunk, client, names) - before)
     tokens = (counts[1] - counts[0]) * BATCH * TOKENS
     return {
         "resident": (resident[1] - resident[0]) / tokens,
@@ -171,13 +177,10 @@ def held(model: str, flags: tuple[str, ...], counts: tuple[int, int]) -> dict[st
     }
 
 
-def _left(trunk: Daemon, client: TrainingClient, hidden_BTD: torch.Tensor, count: int) -> int:
-    """Resident bytes after holding as many forwards, releasing them and two steps."""
-    names = [f"held-{n}" for n in range(1, count + 1)]
-    for name in names:
-        client.forward(hidden_BTD, request_id=name)  # those that are held already are the same
+def _left(trunk: Daemon, client: TrainingClient, names: list[str]) -> int:
+    """Resident bytes after releasing forwards and two steps."""
     client.session.release(names, [])
-    client.compute(hidden_BTD[:, :1])  # answered after the release
+    client.compute(torch.zeros(BATCH, 1, WIDTH))  # answered after the release
     for _ in range(2):  # a backward's memory goes back as well
         step(client)
     return trunk.rss()
