@@ -89,6 +89,8 @@ def _systems(name: str, title: str, others: list[tuple[str, Entry]], pairs: int)
         "Systems take turns of two steps within one run, of which the second counts; ratios are of "
         "the same turn; "
         f"median (least to most, n={pairs}).",
+        f"{OURS} keeps the memory that a step frees, as `trunkline train` does; the others free "
+        "and take it as torch does by itself.",
         "CPU is user and system time of all processes of a system; bytes are what passed over the "
         "loopback interface in the step with the fewest, both ways, headers included.",
     ]

@@ -113,7 +113,7 @@ class TrunkSettings(BaseSettings):
     """Seconds until a silent session is freed."""
     resume_window_s: float = Field(default=_LIMITS.resume_window_s, gt=0)
     """Seconds that a session whose connection broke waits for its client."""
-    return_memory_after_s: float = Field(default=_LIMITS.return_memory_after_s, ge=0)
+    return_memory_after_s: float = Field(default=_LIMITS.return_memory_after_s, gt=0)
     """Seconds without work until freed memory goes back to the system."""
 
     @field_validator("listen", "metrics")

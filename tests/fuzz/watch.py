@@ -27,6 +27,7 @@ def start_trunk(folder: Path) -> Daemon:
         folder,
         *("--model", str(model), "--threads", "1", "--max-tokens-per-request", "512"),
         *("--max-adapter-parameters", "300000"),
+        *("--return-memory-after-s", "1"),
         *("--held-bytes", str(HELD_BYTES), "--session-held-bytes", str(SESSION_HELD_BYTES)),
     )
 
