@@ -105,6 +105,15 @@ def test_a_chat_template_says_how_turns_are_written() -> None:
         talk(model, tokenizer, options, io.StringIO(), sink, notes)
 
 
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """SIGINT raises; what a shell starts in the background inherits that it is ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
 @pytest.mark.parametrize("hook", ["register_forward_pre_hook", "register_forward_hook"])
 def test_control_c_counts_when_its_exception_is_lost(hook: str) -> None:
     tokenizer = AutoTokenizer.from_pretrained(model_dir())
@@ -217,6 +226,7 @@ def test_a_terminal_is_prompted_and_ended_by_control_d(bundled_trunk: Daemon) ->
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("interruptible")  # a caught signal's default is what a child inherits
 def test_control_c_ends_a_reply_and_the_conversation(bundled_trunk: Daemon) -> None:
     with on_a_terminal(bundled_trunk, "--max-new-tokens", "250") as (process, terminal):
         os.write(terminal, b"Once there was a little dog who\n")
