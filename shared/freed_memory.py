@@ -7,8 +7,9 @@ moment it is freed, and keeps small ones for later.
 import ctypes
 import os
 
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_MMAP_MAX = -1, -3, -4  # of malloc.h
-_LARGEST = 2**31 - 1
+_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of malloc.h
+_NEVER = -1
+_SETTINGS = ("mmap_threshold", "mmap_max", "trim_threshold", "top_pad")
 
 
 def return_freed_memory() -> None:
@@ -24,12 +25,19 @@ def keep_freed_memory() -> None:
     A training step frees and takes the same blocks as the one before. GPT-2's logits and their
     gradients alone are 0.4 GB in a batch of 4x128, and every page of it is cleared by the kernel
     when it is touched: 0.2 of 3.3 CPU seconds a step. The process stays about as large as it ever
-    was, up to 2 GiB of it free. Other threads than the main one keep blocks up to 64 MiB. Whoever
-    sets a ``MALLOC_…`` variable decides alone.
+    was. Blocks above 64 MiB are kept for the main thread only. Whoever sets one of malloc's
+    variables for this (``MALLOC_TRIM_THRESHOLD_``, …, or in ``GLIBC_TUNABLES``) decides alone.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is None or any(name.startswith("MALLOC_") for name in os.environ):
+    if mallopt is None or _decided_by_environment():
         return
-    if not mallopt(_M_MMAP_THRESHOLD, _LARGEST):  # glibc before 2.35 takes 32 MiB at most
-        mallopt(_M_MMAP_MAX, 0)
-    mallopt(_M_TRIM_THRESHOLD, _LARGEST)
+    mallopt(_M_MMAP_MAX, 0)
+    mallopt(_M_TRIM_THRESHOLD, _NEVER)
+
+
+def _decided_by_environment() -> bool:
+    tunables = os.environ.get("GLIBC_TUNABLES", "")
+    return any(
+        f"MALLOC_{name.upper()}_" in os.environ or f"glibc.malloc.{name}=" in tunables
+        for name in _SETTINGS
+    )
