@@ -33,6 +33,7 @@ def trunkline(*arguments: str) -> subprocess.CompletedProcess[str]:
     )
 
 
+@pytest.mark.slow
 def test_train_eval_generate_and_load_with_plain_peft(
     trunkd: Callable[..., Daemon], tmp_path: Path
 ) -> None:
