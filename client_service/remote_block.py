@@ -77,6 +77,8 @@ class RemoteBlock(nn.Module):
                 layer.skipped = True
             # In training the default configuration makes a cache that nothing reads.
             return self.trunk.run(hidden_BTD, mask, position_ids, self.training)
+        if cached and hidden_BTD.shape[1] == 1 and mask is not None and _hides_nothing(mask):
+            mask = None  # hides nothing from a single token, and would be longer with every one
         edits = layer.take_edits(hidden_BTD.shape[1])
         return self.trunk.run_cached(hidden_BTD, mask, position_ids, layer.cache_id, edits)
 
@@ -115,3 +117,7 @@ class RemoteBlock(nn.Module):
 
     def _load_from_state_dict(self, *args: Any) -> None:
         """Expects nothing, as nothing was saved."""
+
+
+def _hides_nothing(mask: torch.Tensor) -> bool:
+    return mask.dtype == torch.bool and bool(mask.all())

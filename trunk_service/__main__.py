@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 import logging
 import os
@@ -59,6 +60,9 @@ async def serve(settings: TrunkSettings) -> None:
     server = TrunkServer(
         registry, access.authenticator, access.credentials, with_reflection=settings.reflection
     )
+    # What is loaded stays: collections need not visit it, each of which would hold up a request.
+    gc.collect()
+    gc.freeze()
     port = await server.start(settings.listen)
     address = f"{settings.listen.rpartition(':')[0]}:{port}"
     metrics_port, stop_observation = serve_observation(

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from transformers import DynamicCache
+from transformers import Cache
 
 from shared.adapters import adalora
 from shared.adapters.adalora_state import (
@@ -98,7 +98,7 @@ class TenantAdapter:
         yield from self.model.buffers()
 
     def run(
-        self, request: ForwardRequest, input_BTD: torch.Tensor, past: DynamicCache | None
+        self, request: ForwardRequest, input_BTD: torch.Tensor, past: Cache | None
     ) -> torch.Tensor:
         """Runs the blocks on hidden states; keyed by step and micro where dropout draws."""
         if self._training is not request.training:
@@ -326,11 +326,11 @@ class TenantAdapter:
 
     def _with_prefix(
         self,
-        past: DynamicCache | None,
+        past: Cache | None,
         mask: torch.Tensor | None,
         input_BTD: torch.Tensor,
         cached: int,
-    ) -> tuple[DynamicCache, torch.Tensor | None]:
+    ) -> tuple[Cache, torch.Tensor | None]:
         """Puts the prefix before everything, as ``PeftModelForCausalLM`` does."""
         batch, virtual = input_BTD.shape[0], self.virtual_tokens
         prompt: Any = self.model.get_prompt(batch)

@@ -81,6 +81,10 @@ class JointDecoding:
         Returns:
             The outcome of each, in the same order.
         """
+        with torch.inference_mode():  # as caches were made, when each was computed alone
+            return self._run(asked)
+
+    def _run(self, asked: Sequence[tuple[TenantSession, ForwardRequest]]) -> list[Outcome]:
         begun = [self._begin(session, request) for session, request in asked]
         together = [b for b in begun if b is not None]
         answers: dict[int, ForwardAnswer] = {}
@@ -121,16 +125,15 @@ class JointDecoding:
         stack = self._stack([b.rows for b in begun])
         info = self._trunk.info
         input_N1D = torch.cat([b.input_B1D for b in begun])
-        with torch.no_grad():
-            output_N1D = self._mixed.run(
-                list(itertools.chain.from_iterable([b.adapter] * b.rows.rows for b in begun)),
-                inputs_embeds=input_N1D,
-                attention_mask=stack.mask([self._seen(b.request) for b in begun], info.dtype),
-                position_ids=torch.cat([self._positions(b) for b in begun]),
-                past_key_values=stack,
-                use_cache=True,
-            )
-            stack.commit()
+        output_N1D = self._mixed.run(
+            list(itertools.chain.from_iterable([b.adapter] * b.rows.rows for b in begun)),
+            inputs_embeds=input_N1D,
+            attention_mask=stack.mask([self._seen(b.request) for b in begun], info.dtype),
+            position_ids=torch.cat([self._positions(b) for b in begun]),
+            past_key_values=stack,
+            use_cache=True,
+        )
+        stack.commit()
         # Copies: an answer that is kept must not keep those of others.
         return {
             id(b): b.session.end_decoding(b.request, output_N1D[rows].clone())

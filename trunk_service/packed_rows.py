@@ -1,8 +1,8 @@
 """The keys and values of one cache in one tensor that has room for more tokens.
 
 A ``DynamicCache`` copies itself in every block for every token. While a cache is only extended by
-one token after the other, together with those of others (see :mod:`trunk_service.stacked_rows`),
-it is kept like this instead: one write per token.
+one token after the other, alone or together with those of others (see
+:mod:`trunk_service.stacked_rows`), it is kept like this instead: one write per token.
 
 Dimension letters: L blocks, B batch, H heads, S tokens, E head dimension; 2 stands for keys and
 values.
@@ -16,6 +16,9 @@ from typing import Any
 
 import torch
 from transformers import DynamicCache
+from transformers.cache_utils import Cache
+
+from trunk_service.next_token import NextTokenLayer, write_column
 
 _ROOM = 64
 _numbers = itertools.count()
@@ -72,6 +75,27 @@ class PackedRows:
     def append(self, new_L2BHE: torch.Tensor) -> None:
         """Adds one token, for which there must be room."""
         self._room_L2BHSE[..., self.tokens, :] = new_L2BHE
+        self.tokens += 1
+
+    @property
+    def column(self) -> int:
+        """Where the next token is written."""
+        return self.tokens
+
+    def extended(self) -> Cache:
+        """A cache for a forward of one token more of these rows alone; :meth:`commit` keeps it."""
+        self.leave()
+        layers = self._room_L2BHSE.shape[0]
+        return Cache(layers=[NextTokenLayer(self, index) for index in range(layers)])
+
+    def write(
+        self, index: int, keys_NHSE: torch.Tensor, values_NHSE: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Writes a block's next token, for which there must be room; returns it with the past."""
+        return write_column(self._room_L2BHSE[index], self.tokens, keys_NHSE, values_NHSE)
+
+    def commit(self) -> None:
+        """Keeps the token that was written."""
         self.tokens += 1
 
     def unpack(self) -> DynamicCache:

@@ -14,9 +14,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from transformers.cache_utils import Cache, CacheLayerMixin
+from transformers.cache_utils import Cache
 
 from trunk_service.budget import ByteBudget
+from trunk_service.next_token import NextTokenLayer, write_column
 from trunk_service.packed_rows import PackedRows
 
 _ROOM = 32
@@ -58,7 +59,7 @@ class StackedRows(Cache):  # type: ignore[misc]
         with _links:
             for member in members:
                 member.on_leave = self.free
-        super().__init__(layers=[_Layer(self, index) for index in range(layers)])
+        super().__init__(layers=[NextTokenLayer(self, index) for index in range(layers)])
 
     @property
     def rows(self) -> list[slice]:
@@ -97,11 +98,7 @@ class StackedRows(Cache):  # type: ignore[misc]
         self, index: int, keys_NHSE: torch.Tensor, values_NHSE: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Writes a block's new column; returns its keys and values up to there."""
-        keys, values = self._room_L2NHSE[index]
-        keys[:, :, self.column] = keys_NHSE[:, :, 0]
-        values[:, :, self.column] = values_NHSE[:, :, 0]
-        upto = self.column + 1
-        return keys[:, :, :upto], values[:, :, :upto]
+        return write_column(self._room_L2NHSE[index], self.column, keys_NHSE, values_NHSE)
 
     def free(self) -> None:
         """Gives the memory back; the sessions' own rows are not touched."""
@@ -116,38 +113,6 @@ class StackedRows(Cache):  # type: ignore[misc]
         self._room_L2NHSE = self._seen_NS = torch.empty(0)
         self.layers: list[Any] = []
         budget.release(self._nbytes)
-
-
-class _Layer(CacheLayerMixin):  # type: ignore[misc]
-    """One block's place in the stack."""
-
-    is_sliding = False
-
-    def __init__(self, stack: StackedRows, index: int) -> None:
-        super().__init__()
-        self._stack, self._index = stack, index
-        self.is_initialized = True
-
-    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
-        """Does nothing: the stack has its tensors."""
-
-    def update(
-        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Writes the new token of all rows."""
-        return self._stack.write(self._index, key_states, value_states)
-
-    def get_seq_length(self) -> int:
-        """Columns before the new one."""
-        return self._stack.column
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Length and offset of a mask over all columns."""
-        return self._stack.column + query_length, 0
-
-    def get_max_length(self) -> int:
-        """No maximum."""
-        return -1
 
 
 def _slices(counts: Sequence[int]) -> list[slice]:

@@ -54,18 +54,29 @@ def use_onednn(module: nn.Module, dtype: torch.dtype, device: torch.device) -> N
         InvalidInputError: If they are not in float32 on a CPU, there are none, or torch has no
             oneDNN.
     """
-    if dtype != torch.float32 or device.type != "cpu":
-        raise InvalidInputError(
-            f"onednn is for float32 on a CPU, not {dtype} on {device}: leave it out"
-        )
-    if not torch.backends.mkldnn.is_available():
-        raise InvalidInputError("onednn: this torch was built without oneDNN")
-    plain = [layer for layer in module.modules() if type(layer) in _CLASSES]
-    if not plain:
-        raise InvalidInputError("onednn: there is no plain linear layer; are they quantised?")
+    plain = _plain(module)
+    if reason := _why_not(plain, dtype, device):
+        raise InvalidInputError(f"onednn: {reason}")
     for layer in plain:
         # By class, so that copies, PEFT's wrappers and saved names stay those of the same layer.
         layer.__class__ = _CLASSES[type(layer)]
+
+
+def can_use_onednn(module: nn.Module, dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether :func:`use_onednn` has something to do here, and can."""
+    return not _why_not(_plain(module), dtype, device)
+
+
+def _plain(module: nn.Module) -> list[nn.Module]:
+    return [layer for layer in module.modules() if type(layer) in _CLASSES]
+
+
+def _why_not(plain: list[nn.Module], dtype: torch.dtype, device: torch.device) -> str:
+    if dtype != torch.float32 or device.type != "cpu":
+        return f"it is for float32 on a CPU, not {dtype} on {device}: leave it out"
+    if not torch.backends.mkldnn.is_available():
+        return "this torch was built without oneDNN"
+    return "" if plain else "there is no plain linear layer; are they quantised?"
 
 
 def product(
