@@ -31,13 +31,18 @@ class Frame(Generic[M]):
         self.payload = payload
 
 
-def encode_frame(message: Message, payload: bytes | memoryview = b"") -> bytes:
-    """Serializes a message with ``payload`` as its ``data`` field, copying the payload once."""
-    view = memoryview(payload)
-    if not view.nbytes:
+def encode_frame(message: Message, *payload: bytes | memoryview) -> bytes:
+    """Serializes a message with bytes, back to back, as its ``data`` field; they are copied once.
+
+    Args:
+        message: Its small fields.
+        *payload: Bytes, or views of single bytes.
+    """
+    size = sum(map(len, payload))
+    if not size:
         return message.SerializeToString()
-    head = message.SerializeToString() + _DATA_TAG + _varint(view.nbytes)
-    return b"".join((head, view))
+    head = message.SerializeToString() + _DATA_TAG + _varint(size)
+    return b"".join((head, *payload))
 
 
 def decode_frame(message_type: type[M], raw: bytes) -> Frame[M]:

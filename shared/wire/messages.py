@@ -23,10 +23,10 @@ def to_frames(message: M, tensors: Mapping[str, Packed]) -> Iterator[bytes]:
     """Yields a message as frames of bounded size, its tensors announced in the first."""
     message.tensors.extend(announce(tensors))
     pieces = chunks(tensors)
-    yield encode_frame(message, next(pieces, memoryview(b"")))
+    yield encode_frame(message, *next(pieces, []))
     follow_up = type(message)(id=message.id)
     for piece in pieces:
-        yield encode_frame(follow_up, piece)
+        yield encode_frame(follow_up, *piece)
 
 
 @dataclass
