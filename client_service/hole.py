@@ -19,6 +19,7 @@ from shared.models.dropout import set_dropout
 from shared.models.loading import fill
 from shared.models.onednn import use_onednn
 from shared.models.quantization import quantize as quantize_layers
+from shared.models.single_row import spread_single_rows
 from shared.models.stand_ins import GlobalLayers
 
 
@@ -74,6 +75,7 @@ def with_hole(
         quantize_layers(model, quantize)
     if onednn:
         use_onednn(model, dtype, model.device)
+    spread_single_rows(model)
     model.remote_trunk = remote
     model.whole_config, model.split = checkpoint.config, split
     step_with(model, remote)

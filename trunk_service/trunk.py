@@ -20,6 +20,7 @@ from shared.models.digest import weight_digest
 from shared.models.dropout import set_dropout
 from shared.models.onednn import use_onednn
 from shared.models.quantization import check_kind, quantize, shared_tensors
+from shared.models.single_row import spread_single_rows
 from trunk_service.limits import Limits
 from trunk_service.offload import OffloadArea
 from trunk_service.requests import AdapterRequest, OpenRequest
@@ -103,6 +104,7 @@ class Trunk:
             part = quantize(part, quantization)
         if onednn:
             use_onednn(part, dtype, device)
+        spread_single_rows(part)
         return cls(part, info)
 
     @property

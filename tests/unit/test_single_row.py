@@ -1,0 +1,119 @@
+"""Single rows of large linear layers on all threads: the bits of one thread, and only there."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from shared.adapters.wrap import wrap
+from shared.models import single_row
+from shared.models.single_row import SpreadConv1D, SpreadLinear, spread_single_rows
+from tests.models import tiny_model
+
+
+@pytest.fixture(autouse=True)
+def two_threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def products(monkeypatch: pytest.MonkeyPatch) -> list[torch.Size]:
+    """The shapes of what was computed on all threads."""
+    seen, ordinary = list[torch.Size](), single_row.product
+
+    def product(input: torch.Tensor, *others: Any) -> torch.Tensor:
+        seen.append(input.shape)
+        return ordinary(input, *others)
+
+    monkeypatch.setattr(single_row, "product", product)
+    return seen
+
+
+def build(kind: str, inputs: int, outputs: int, bias: bool) -> nn.Module:
+    torch.manual_seed(1)
+    if kind == "linear":
+        return nn.Linear(inputs, outputs, bias=bias)
+    layer = Conv1D(outputs, inputs)
+    nn.init.normal_(layer.bias)
+    return layer
+
+
+@pytest.mark.parametrize("kind, bias", [("linear", True), ("linear", False), ("conv1d", True)])
+@pytest.mark.parametrize("size", [(64, 128), (96, 1000), (256, 517), (768, 3071)], ids=str)
+def test_bits_are_the_same(
+    kind: str, bias: bool, size: tuple[int, int], products: list[torch.Size]
+) -> None:
+    plain = build(kind, *size, bias)
+    spread = copy.deepcopy(plain)
+    assert spread_single_rows(spread, large_bytes=0) == 1
+    assert type(spread) is (SpreadLinear if kind == "linear" else SpreadConv1D)
+    products.clear()
+    for shape in ((size[0],), (1, size[0]), (1, 1, size[0])):
+        row = torch.randn(shape)
+        with torch.no_grad():
+            assert torch.equal(spread(row), plain(row))
+    assert len(products) == 3
+
+
+def test_other_work_is_done_as_ever(products: list[torch.Size]) -> None:
+    plain = build("linear", 64, 256, True)
+    spread = copy.deepcopy(plain)
+    spread_single_rows(spread, large_bytes=0)
+    products.clear()
+    rows, row = torch.randn(2, 64), torch.randn(1, 64)
+    with torch.no_grad():
+        assert torch.equal(spread(rows), plain(rows))
+        assert spread(row[:0]).shape == (0, 256)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert torch.equal(spread(row), plain(row))
+        torch.set_num_threads(1)
+        assert torch.equal(spread(row), plain(row))
+        torch.set_num_threads(2)
+        half = copy.deepcopy(spread).to(torch.bfloat16)
+        assert half(row.bfloat16()).dtype == torch.bfloat16
+    spread(row).sum().backward()  # a graph is torch's own
+    plain(row).sum().backward()
+    assert torch.equal(spread.get_parameter("weight").grad, plain.get_parameter("weight").grad)
+    assert not products
+
+
+def test_a_layer_whose_bits_would_change_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    ordinary = single_row.product
+    monkeypatch.setattr(single_row, "product", lambda *given: ordinary(*given) * (1 + 1e-6))
+    layer = build("linear", 64, 256, False)
+    assert spread_single_rows(layer, large_bytes=0) == 0
+    assert type(layer) is nn.Linear
+
+
+def test_small_layers_and_one_thread_stay() -> None:
+    layer = build("linear", 64, 256, False)
+    assert spread_single_rows(layer) == 0
+    torch.set_num_threads(1)
+    assert spread_single_rows(layer, large_bytes=0) == 0
+    assert type(layer) is nn.Linear
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_generating_with_an_adapter_gives_the_same_tokens_and_logits(family: str) -> None:
+    config = LoraConfig(
+        task_type="CAUSAL_LM", r=4, target_modules="all-linear", init_lora_weights=False
+    )
+    plain, spread = tiny_model(family), tiny_model(family)
+    assert spread_single_rows(spread, large_bytes=0) > 6
+    ours, whole = (wrap(model, config, 3, "whole").eval() for model in (spread, plain))
+    ids = torch.tensor([[5, 9, 300, 7]])
+    settings = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
+    scores = {"return_dict_in_generate": True, "output_scores": True}
+    found, expected = (m.generate(input_ids=ids, **settings, **scores) for m in (ours, whole))
+    assert torch.equal(found.sequences, expected.sequences)
+    assert all(map(torch.equal, found.scores, expected.scores))
