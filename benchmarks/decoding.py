@@ -3,7 +3,8 @@
 GPT-2 small split 2:10, LoRA on every part, greedy. Everything is measured in turn in one run:
 
 * ``generate()`` of the whole model and through the split, for one prompt and for eight, with the
-  linear layers of torch and with those of oneDNN (``--onednn``);
+  linear layers of torch and with those of oneDNN (``--onednn``); and of the whole model with its
+  head on all threads, as the split has it;
 * the trunk alone: streams of cached one-token forwards over loopback whose ends are not computed,
   one and eight at once, each of a tenant with an adapter of its own or none, with and without
   ``--batch-decoding``, with both kinds of linear layers;
@@ -41,6 +42,7 @@ from client_service.split_model import SplitModelForCausalLM
 from shared.adapters.config import config_to_json
 from shared.adapters.wrap import wrap
 from shared.models.onednn import use_onednn
+from shared.models.single_row import spread_single_rows
 
 LOG = logging.getLogger("benchmarks")
 PROMPT, TOKENS, STREAMS = 16, 64, 8
@@ -48,6 +50,7 @@ BATCHING = "--batch-decoding"
 KINDS: dict[str, tuple[str, ...]] = {"": (), ", onednn": ("--onednn",)}
 """How linear layers are computed: what it adds to a name, and a trunk's flags."""
 WHOLE, SPLIT_MODEL = "whole model", "split"
+WHOLE_SPREAD = "whole model, head on all threads"
 Figure = Callable[[], float]
 """Generates, and tells the tokens per second."""
 Tokens = Mapping[str, tuple[int, Figure]]
@@ -118,15 +121,21 @@ def _ends(folder: Path, address: str, tokens: int, kind: str) -> Iterator[Tokens
     plain = GPT2LMHeadModel.from_pretrained(folder)
     if kind:
         use_onednn(plain, plain.dtype, plain.device)
-    whole = wrap(plain, lora(), 0, "whole").eval()
+    models = {WHOLE: wrap(plain, lora(), 0, "whole").eval()}
+    if not kind:
+        same_head = GPT2LMHeadModel.from_pretrained(folder)
+        spread_single_rows(same_head)
+        models[WHOLE_SPREAD] = wrap(same_head, lora(), 0, "whole").eval()
     split = SplitModelForCausalLM.from_pretrained(
         folder, address, peft_config=lora(), onednn=bool(kind)
     ).eval()
+    models[SPLIT_MODEL] = split
     with closing(split.remote_trunk):
         yield {
             _name(name, kind, rows): (rows * tokens, _generate(model, rows, tokens))
             for rows in (1, STREAMS)
-            for name, model in ((WHOLE, whole), (SPLIT_MODEL, split))
+            for name, model in models.items()
+            if rows == 1 or name != WHOLE_SPREAD  # more rows are computed as ever
         }
 
 
@@ -277,6 +286,8 @@ def _ends_section(found: dict[str, Found]) -> Section:
         "Greedy generate, GPT-2 small 2:10, LoRA on every part, trunk over loopback",
         _rows(found, [name for name in found if "prompt" in name]),
     )
+    alone, spread = _name(SPLIT_MODEL, "", 1), _name(WHOLE_SPREAD, "", 1)
+    section.notes.append(f"{alone} / {spread}: {_ratio(found, alone, spread):.2f}")
     for rows in (1, STREAMS):
         for kind, of in (("", ""), (", onednn", ""), (", onednn", ", onednn")):
             split, whole = _name(SPLIT_MODEL, kind, rows), _name(WHOLE, of, rows)

@@ -25,10 +25,11 @@ ONE_CORE_BOUND = 0.65
 ONE_CORE_PAIRS = 7
 
 WHOLE, OURS, FUSED = "whole model", "trunkline", "trunkline, fused loss"
-WHOLE_KEPT = "whole model, freed memory kept"
 WHOLE_ONEDNN, ONEDNN = "whole model, onednn", "trunkline, fused loss, onednn"
 FASTEST = ("--fused", "1", "--onednn", "1")
+KEEP = ("--keep", "1")
 SOCKET, RPC = "bare TCP socket", "PyTorch RPC over TCP"
+KEPT = ", freed memory kept"
 PEERS = {
     "torchslicer 0.2.0 over gRPC": "torchslicer",
     "hivemind 1.1.12": "hivemind",
@@ -55,11 +56,15 @@ def measure_faster(pairs: int = 15) -> list[Section]:
 
 def measure_installed(pairs: int = 15) -> list[Section]:
     """Measures a step beside other ways to split it that torch and a socket bring along."""
+    # It computes on 16 threads in turn; each would keep a step's memory in an arena of its own.
+    one_arena = {"MALLOC_ARENA_MAX": "1"}
     named: list[tuple[str, Entry]] = [
         (FUSED, System("benchmarks.peers.trunkline", ("--fused", "1"), required=True)),
+        (WHOLE + KEPT, System("benchmarks.peers.whole", KEEP)),
         (SOCKET, System("benchmarks.peers.bare_tcp")),
-        # It computes on 16 threads in turn; each would keep a step's memory in an arena of its own.
-        (RPC, System("benchmarks.peers.torch_rpc", environment={"MALLOC_ARENA_MAX": "1"})),
+        (SOCKET + KEPT, System("benchmarks.peers.bare_tcp", KEEP)),
+        (RPC, System("benchmarks.peers.torch_rpc", environment=one_arena)),
+        (RPC + KEPT, System("benchmarks.peers.torch_rpc", KEEP, environment=one_arena)),
     ]
     title = "A training step beside a bare socket and torch's own RPC"
     return [_systems("step_installed", title, named, pairs)]
@@ -90,7 +95,7 @@ def _systems(name: str, title: str, others: list[tuple[str, Entry]], pairs: int)
         "the same turn; "
         f"median (least to most, n={pairs}).",
         f"{OURS} keeps the memory that a step frees, as `trunkline train` does; the others free "
-        "and take it as torch does by itself.",
+        f"and take it as torch does by itself, but for those named{KEPT}.",
         "CPU is user and system time of all processes of a system; bytes are what passed over the "
         "loopback interface in the step with the fewest, both ways, headers included.",
     ]
@@ -103,12 +108,12 @@ def _faster(pairs: int) -> Section:
     found = interleave(
         [
             (WHOLE, System("benchmarks.peers.whole", required=True)),
-            (WHOLE_KEPT, System("benchmarks.peers.whole", ("--keep", "1"), required=True)),
+            (WHOLE + KEPT, System("benchmarks.peers.whole", KEEP, required=True)),
             (OURS, System("benchmarks.peers.trunkline", required=True)),
             (FUSED, System("benchmarks.peers.trunkline", ("--fused", "1"), required=True)),
             (
                 WHOLE_ONEDNN,
-                System("benchmarks.peers.whole", ("--onednn", "1", "--keep", "1"), required=True),
+                System("benchmarks.peers.whole", ("--onednn", "1", *KEEP), required=True),
             ),
             (ONEDNN, System("benchmarks.peers.trunkline", FASTEST, required=True)),
         ],
@@ -119,7 +124,7 @@ def _faster(pairs: int) -> Section:
         "The same step with a fused loss, and with linear layers by oneDNN",
         [_row(measured, found[WHOLE]) for measured in found.values()],
     )
-    beside = ((FUSED, WHOLE), (FUSED, WHOLE_KEPT), (ONEDNN, WHOLE), (ONEDNN, WHOLE_ONEDNN))
+    beside = ((FUSED, WHOLE), (FUSED, WHOLE + KEPT), (ONEDNN, WHOLE), (ONEDNN, WHOLE_ONEDNN))
     for name, of in beside:
         ratio = _ratio(found[name], found[of], Measured.seconds).median
         section.claims.append(Claim(f"{name}: step ÷ that of the {of}", ratio, 1.0))
@@ -129,7 +134,7 @@ def _faster(pairs: int) -> Section:
         f"can have as well ({WHOLE_ONEDNN}), and {FUSED} by a loss that works on any model "
         "(`fused_linear_cross_entropy`); neither by being split.",
         f"{OURS} keeps the memory that a step frees, as `trunkline train` does; so do "
-        f"{WHOLE_KEPT} and {WHOLE_ONEDNN}.",
+        f"{WHOLE + KEPT} and {WHOLE_ONEDNN}.",
     ]
     return section
 
@@ -162,16 +167,17 @@ def _one_core_sides(pairs: int) -> Section:
             f"{name}, one core",
             System("benchmarks.peers.whole", (*pinned, *flags), threads=1, required=True),
         )
-        for name, flags in ((WHOLE, ()), (WHOLE_ONEDNN, ("--onednn", "1")))
+        for name, flags in ((WHOLE, ()), (WHOLE + KEPT, KEEP), (WHOLE_ONEDNN, ("--onednn", "1")))
     ]
     for name, flags in options.items():
         ours = System("benchmarks.peers.trunkline", flags, threads=1, required=True)
         named.append((name, ours))
     found = interleave(named, pairs)
-    whole, whole_onednn = (found[name] for name, _ in named[:2])
+    whole, whole_kept, whole_onednn = (found[name] for name, _ in named[:3])
     section.rows = [_row(measured, whole) for measured in found.values()]
     best, fastest = found[_micro(4)], found[_micro(4, ", onednn")]
-    for one, other in ((best, whole), (fastest, whole), (fastest, whole_onednn)):
+    beside = ((best, whole), (best, whole_kept), (fastest, whole), (fastest, whole_onednn))
+    for one, other in beside:
         ratio = _ratio(one, other, Measured.seconds).median
         text = f"{one.name}: step ÷ that of the {other.name}"
         section.claims.append(Claim(text, ratio, ONE_CORE_BOUND))

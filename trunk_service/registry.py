@@ -150,7 +150,6 @@ class SessionRegistry:
             session.state.close()
             if known:
                 session.owner.remove_session()
-            return_freed_memory()
 
         return self.scheduler.submit(
             session.owner.tenant, session.session_id, free, over_limit=True

@@ -1,6 +1,7 @@
 """The same split with nothing but a socket between: raw float32 behind a header of 17 bytes.
 
-No session, no retry, no check, one client: the least that two processes can do.
+No session, no retry, no check, one client: the least that two processes can do. With ``--keep 1``
+both keep the memory that a step frees.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from benchmarks.peers.driving import (
     task,
 )
 from benchmarks.peers.models import Ends, Middle
+from shared.freed_memory import keep_freed_memory
 
 FORWARD, BACKWARD, STEP = range(3)
 HEADER = struct.Struct("<BIIII")  # what to do, and B, T, D, bytes to follow
@@ -75,9 +77,11 @@ class Remote(torch.autograd.Function):
         return ctx.link.receive()[1], None
 
 
-def trunk(model: str, adapter: str, threads: str, port: str) -> None:
+def trunk(model: str, adapter: str, threads: str, keep: str, port: str) -> None:
     """Serves one client until it goes."""
     leave_with_parent()
+    if int(keep):
+        keep_freed_memory()
     torch.set_num_threads(int(threads))
     middle = Middle(model, adapter)
     with socket.create_connection(("127.0.0.1", int(port))) as connected:
@@ -93,10 +97,14 @@ def trunk(model: str, adapter: str, threads: str, port: str) -> None:
 
 
 def main() -> None:
-    given = task()
+    given = task("keep")
+    keep = given.options.keep or 0
+    if keep:
+        keep_freed_memory()
     ends = Ends(given.model, given.adapter)
     with socket.create_server(("127.0.0.1", 0)) as listener:
-        arguments = (given.model, given.adapter, given.threads, listener.getsockname()[1])
+        port = listener.getsockname()[1]
+        arguments = (given.model, given.adapter, given.threads, keep, port)
         worker = start_worker(__spec__.name, "trunk", *map(str, arguments))
         listener.settimeout(120)
         connected, _ = listener.accept()

@@ -1,6 +1,7 @@
 """PyTorch's own: RPC with distributed autograd, forced onto TCP.
 
-On one host its default is shared memory, which keeps a core busy while it waits.
+On one host its default is shared memory, which keeps a core busy while it waits. With ``--keep 1``
+both sides keep the memory that a step frees.
 """
 
 from __future__ import annotations
@@ -17,11 +18,14 @@ from torch.distributed import rpc
 from benchmarks.peers import torch_rpc_trunk as remote
 from benchmarks.peers.driving import leave_with_parent, start_worker, task
 from benchmarks.peers.models import Ends
+from shared.freed_memory import keep_freed_memory
 
 
-def trunk(model: str, adapter: str, threads: str, folder: str) -> None:
+def trunk(model: str, adapter: str, threads: str, keep: str, folder: str) -> None:
     """Serves the client until both shut down."""
     leave_with_parent()
+    if int(keep):
+        keep_freed_memory()
     torch.set_num_threads(int(threads))
     remote.load(Path(model), Path(adapter))
     remote.join(remote.TRUNK, folder)
@@ -40,10 +44,13 @@ def one_step(ends: Ends, ids: torch.Tensor) -> float:
 
 
 def main() -> None:
-    given = task()
+    given = task("keep")
+    keep = given.options.keep or 0
+    if keep:
+        keep_freed_memory()
     ends = Ends(given.model, given.adapter)
     with tempfile.TemporaryDirectory() as folder:
-        arguments = map(str, (given.model, given.adapter, given.threads, folder))
+        arguments = map(str, (given.model, given.adapter, given.threads, keep, folder))
         with start_worker(__spec__.name, "trunk", *arguments):
             remote.join(remote.CLIENT, folder)
             given.serve(lambda ids: one_step(ends, ids))

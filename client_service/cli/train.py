@@ -54,7 +54,7 @@ from client_service.split_model import SplitModelForCausalLM
 from client_service.training import StepMetrics, TrainingPlan, train
 from shared.bundled import private_train_file
 from shared.errors import CheckpointError, TrunklineError
-from shared.freed_memory import keep_freed_memory
+from shared.freed_memory import keep_freed_memory, return_freed_memory
 from shared.models.tensor_files import first_line
 
 _MIB = 1024**2
@@ -163,6 +163,7 @@ def _train(out: Path, settings: RunSettings, resume: bool) -> None:
         # Whatever ended the run may have ended its trunk too.
         wait_for_trunk(settings.trunk, settings.reconnect_timeout)
     split = _open(model, settings)
+    return_freed_memory()  # what loading took and no step will
     checkpoints = Checkpoints(out / "checkpoints", settings.checkpoint_every, settings.keep_last)
     if settings.checkpoint_every:
         check_can_be_saved(split)
