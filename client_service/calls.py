@@ -52,6 +52,8 @@ class ForwardCall:
     micro: int = 0
     cache_id: str = ""
     cache_edits: list[CacheEdit] = field(default_factory=list)
+    cached_tokens: int | None = None
+    """Tokens that the cache must have by then; None does not say."""
     adapter: str = ""
     """Empty is the session's own, of its terms."""
     without_adapter: bool = False

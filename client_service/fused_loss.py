@@ -25,6 +25,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils.generic import can_return_tuple
 
 from shared.models.onednn import OneDnnLinear, applies, product
+from shared.models.single_row import SpreadLinear
 
 IGNORED = -100
 """The label of positions that have no loss."""
@@ -85,7 +86,7 @@ def can_fuse(model: Any, inputs: dict[str, Any]) -> bool:
     """
     head = model.get_output_embeddings()
     return (
-        type(head) in (nn.Linear, OneDnnLinear)
+        type(head) in (nn.Linear, OneDnnLinear, SpreadLinear)
         and not (head._forward_hooks or head._forward_pre_hooks)
         and all(getattr(model.config, name, None) in (None, 1) for name in _LOGIT_CHANGES)
         and model.loss_function is ForCausalLMLoss

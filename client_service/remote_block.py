@@ -80,7 +80,7 @@ class RemoteBlock(nn.Module):
         if cached and hidden_BTD.shape[1] == 1 and mask is not None and _hides_nothing(mask):
             mask = None  # hides nothing from a single token, and would be longer with every one
         edits = layer.take_edits(hidden_BTD.shape[1])
-        return self.trunk.run_cached(hidden_BTD, mask, position_ids, layer.cache_id, edits)
+        return self.trunk.run_cached(hidden_BTD, mask, position_ids, layer.cache_id, edits, cached)
 
     def _cache_layer(self, cache: Any) -> RemoteCacheLayer | None:
         if cache is None:

@@ -142,11 +142,22 @@ class RemoteTrunk:
         position_ids: torch.Tensor | None,
         cache_id: str,
         edits: list[CacheEdit],
+        cached: int,
     ) -> torch.Tensor:
-        """Carries new tokens' hidden states through the trunk, extending its cache."""
+        """Carries new tokens' hidden states through the trunk, extending its cache.
+
+        Args:
+            hidden_BTD: Of the new tokens.
+            attention_mask: [B, S], or [B, 1, T, S]; None hides nothing.
+            position_ids: [B or 1, T].
+            cache_id: Name of the cache.
+            edits: Applied to it before.
+            cached: Tokens in it by then, without a prefix.
+        """
         self._release_dropped()
         call = self._call(attention_mask, position_ids, training=False)
-        return self._ask(hidden_BTD, replace(call, cache_id=cache_id, cache_edits=edits))
+        call = replace(call, cache_id=cache_id, cache_edits=edits, cached_tokens=cached)
+        return self._ask(hidden_BTD, call)
 
     def backward(
         self,

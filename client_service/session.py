@@ -131,6 +131,7 @@ class TrunkSession:
             micro=call.micro,
             cache_id=call.cache_id,
             cache_ops=[_cache_op(edit) for edit in call.cache_edits],
+            cached_tokens=call.cached_tokens,
             adapter=call.adapter,
             without_adapter=call.without_adapter,
             answer_format=from_format(wire_format),

@@ -333,10 +333,10 @@ class TenantAdapter:
     ) -> tuple[Cache, torch.Tensor | None]:
         """Puts the prefix before everything, as ``PeftModelForCausalLM`` does."""
         batch, virtual = input_BTD.shape[0], self.virtual_tokens
-        prompt: Any = self.model.get_prompt(batch)
         if past is None:
-            past = prompt
+            past = self.model.get_prompt(batch)
         elif not cached:
+            prompt: Any = self.model.get_prompt(batch)
             for index, layer in enumerate(prompt.layers):
                 past.update(layer.keys, layer.values, index)
         if mask is not None:

@@ -94,12 +94,22 @@ class KeyValueCaches:
         if not shape.tokens or shape.rows != batch:
             return None
         needed = batch * capacity(shape.tokens + 1) * self._token_bytes
-        if edits or cache_id not in self._packed:
-            self._packed[cache_id] = PackedRows(self._open(cache_id, edits, needed))
-        else:
-            self._reserve(cache_id, needed)
-        self._packed[cache_id].make_room()
-        return self._packed[cache_id]
+        packed = None if edits else self._packed.get(cache_id)
+        if packed is not None and needed == self._reserved[cache_id]:
+            return packed
+        # Held twice while it is copied into more room.
+        copied = self._reserved.get(cache_id, 0)
+        self._budget.reserve(copied)
+        try:
+            if packed is None:
+                packed = PackedRows(self._open(cache_id, edits, needed))
+                self._packed[cache_id] = packed
+            else:
+                self._reserve(cache_id, needed)
+                packed.make_room()
+        finally:
+            self._budget.release(copied)
+        return packed
 
     def drop(self, cache_id: str) -> None:
         """Frees a cache; one that is not there is ignored."""

@@ -45,10 +45,9 @@ class PackedRows:
         rows, heads, _, width = layers[0].keys.shape
         shape = (len(layers), 2, rows, heads, capacity(self.tokens + 1), width)
         self._room_L2BHSE: torch.Tensor = layers[0].keys.new_zeros(shape)
-        for index, layer in enumerate(layers):
-            self._room_L2BHSE[index, 0, :, :, : self.tokens] = layer.keys
-            self._room_L2BHSE[index, 1, :, :, : self.tokens] = layer.values
-        self._show()
+        for layer, past_2BHSE in zip(layers, self.past, strict=True):
+            past_2BHSE[0], past_2BHSE[1] = layer.keys, layer.values
+            layer.keys, layer.values = past_2BHSE  # one block's own tensors are gone at a time
         self.on_leave: Callable[[], None] | None = None
         """Called when the rows are unpacked or freed: whoever has a copy drops it."""
 

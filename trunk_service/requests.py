@@ -67,6 +67,8 @@ class ForwardRequest:
     micro: int = 0
     cache_id: str = ""
     cache_edits: list[CacheEdit] = field(default_factory=list)
+    cached_tokens: int | None = None
+    """Tokens that the cache must have behind the edits, without a prefix."""
     adapter: str = ""
     without_adapter: bool = False
     answer_format: WireFormat | None = None

@@ -232,6 +232,11 @@ class TenantSession:
         if request.cache_id:
             cached = self.caches.tokens(request.cache_id, request.cache_edits)
             cached = max(0, cached - adapter.virtual_tokens)
+            if request.cached_tokens not in (None, cached):
+                raise ProtocolError(
+                    f"cache {request.cache_id} has {cached} tokens, the client counts "
+                    f"{request.cached_tokens}: a forward failed between; begin a new cache"
+                )
         check_forward(
             request,
             self._trunk.info,

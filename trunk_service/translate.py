@@ -87,6 +87,7 @@ def forward_request(body: pb.Forward, tensors: Tensors) -> ForwardRequest:
         micro=body.micro,
         cache_id=body.cache_id,
         cache_edits=[_cache_edit(op) for op in body.cache_ops],
+        cached_tokens=body.cached_tokens if body.HasField("cached_tokens") else None,
         adapter=body.adapter,
         without_adapter=body.without_adapter,
         answer_format=to_format(body.answer_format),

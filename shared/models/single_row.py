@@ -116,7 +116,8 @@ def _is_large(layer: nn.Module, large_bytes: int) -> bool:
 def _spread(layer: nn.Module, groups: int) -> bool:
     """Changes a layer if its bits stay the same; tells whether it did."""
     plain, inputs = type(layer), _inputs(layer)
-    row = torch.randn(1, 1, inputs, generator=torch.Generator().manual_seed(0))
+    row = layer.get_parameter("weight").new_empty(1, 1, inputs)  # whatever torch's defaults are
+    row.normal_(generator=torch.Generator("cpu").manual_seed(0))
     with torch.inference_mode():
         expected = layer(row)
         # By class, so that copies, PEFT's wrappers and saved names stay those of the same layer.

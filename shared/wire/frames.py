@@ -36,13 +36,14 @@ def encode_frame(message: Message, *payload: bytes | memoryview) -> bytes:
 
     Args:
         message: Its small fields.
-        *payload: Bytes, or views of single bytes.
+        *payload: Bytes, or views of them.
     """
-    size = sum(map(len, payload))
+    views = [memoryview(part) for part in payload]
+    size = sum(view.nbytes for view in views)
     if not size:
         return message.SerializeToString()
     head = message.SerializeToString() + _DATA_TAG + _varint(size)
-    return b"".join((head, *payload))
+    return b"".join((head, *views))
 
 
 def decode_frame(message_type: type[M], raw: bytes) -> Frame[M]:

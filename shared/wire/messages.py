@@ -12,7 +12,13 @@ from shared.errors import ProtocolError, ResourceExhaustedError, TrunklineError
 from shared.pb.trunkline.v1 import trunk_pb2 as pb
 from shared.wire.formats import Packed
 from shared.wire.frames import decode_frame, encode_frame
-from shared.wire.tensors import TensorAssembly, announce, chunks
+from shared.wire.tensors import (
+    CHUNK_BYTES,
+    MAX_FRAME_BYTES,
+    TensorAssembly,
+    announce,
+    chunks,
+)
 
 M = TypeVar("M", pb.SessionRequest, pb.SessionResponse)
 
@@ -23,7 +29,8 @@ def to_frames(message: M, tensors: Mapping[str, Packed]) -> Iterator[bytes]:
     """Yields a message as frames of bounded size, its tensors announced in the first."""
     message.tensors.extend(announce(tensors))
     pieces = chunks(tensors)
-    yield encode_frame(message, *next(pieces, []))
+    fills_a_frame = message.ByteSize() > MAX_FRAME_BYTES - CHUNK_BYTES
+    yield encode_frame(message, *([] if fills_a_frame else next(pieces, [])))
     follow_up = type(message)(id=message.id)
     for piece in pieces:
         yield encode_frame(follow_up, *piece)

@@ -343,6 +343,17 @@ def test_cache_edits_stay_within_the_budget_one_by_one(session: TrunkSession) ->
     session.forward(HIDDEN, ForwardCall(cache_id="c"))
 
 
+def test_a_cache_that_lacks_a_token_is_refused_without_a_mask_too(session: TrunkSession) -> None:
+    tokens = HIDDEN.shape[1]
+    new = HIDDEN[:, :1]
+    session.forward(HIDDEN, ForwardCall(cache_id="c", cached_tokens=0))
+    session.forward(new, ForwardCall(cache_id="c", cached_tokens=tokens))
+    with pytest.raises(ProtocolError, match=rf"has {tokens + 1} tokens, the client counts"):
+        session.forward(new, ForwardCall(cache_id="c", cached_tokens=tokens + 2))
+    edit = [CacheEdit(remove_tokens=1)]
+    session.forward(new, ForwardCall(cache_id="c", cache_edits=edit, cached_tokens=tokens))
+
+
 def test_a_step_ends_what_was_held_before_it(session: TrunkSession) -> None:
     session.forward(HIDDEN, HELD)
     session.forward(HIDDEN, ForwardCall(request_id="b", keep_graph=True, training=True, micro=1))

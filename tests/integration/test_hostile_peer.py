@@ -16,8 +16,11 @@ from client_service.optimizer_spec import OptimizerSettings, adamw
 from client_service.session import TrunkSession
 from shared.errors import AdapterError, OptimizerError, TensorError
 from shared.pb.trunkline.v1 import trunk_pb2 as pb
+from shared.tensor_bytes import as_bytes
 from shared.wire.error_codes import to_exception
+from shared.wire.frames import encode_frame
 from shared.wire.messages import Inbox, to_frames
+from shared.wire.tensors import announce
 from tests.conftest import Daemon
 from tests.models import save_tiny_model
 
@@ -84,11 +87,16 @@ def test_an_empty_tensor_of_vast_dimensions_leaves_the_stream_usable(
 
 
 def test_frames_of_two_requests_may_interleave(peer: Peer) -> None:
-    positions = torch.arange(6)[None]
-    tensors = {"hidden_states": HIDDEN, "position_ids": positions}
-    first = list(to_frames(pb.SessionRequest(id=2, forward=pb.Forward()), tensors))
-    second = list(to_frames(pb.SessionRequest(id=3, forward=pb.Forward()), tensors))
-    assert len(first) == len(second) == 2
+    tensors = {"hidden_states": HIDDEN, "position_ids": torch.arange(6)[None]}
+
+    def in_two(number: int) -> list[bytes]:
+        head = pb.SessionRequest(id=number, forward=pb.Forward(), tensors=announce(tensors))
+        messages = (head, pb.SessionRequest(id=number))
+        return [
+            encode_frame(m, as_bytes(t)) for m, t in zip(messages, tensors.values(), strict=True)
+        ]
+
+    first, second = in_two(2), in_two(3)
     for frame in (first[0], second[0], second[1], first[1]):
         peer.send_frame(frame)
     answers = [peer.receive(), peer.receive()]

@@ -14,6 +14,7 @@ from transformers.pytorch_utils import Conv1D
 
 from shared.adapters.wrap import wrap
 from shared.models import single_row
+from shared.models.onednn import OneDnnLinear, can_use_onednn, use_onednn
 from shared.models.single_row import SpreadConv1D, SpreadLinear, spread_single_rows
 from tests.models import tiny_model
 
@@ -93,6 +94,24 @@ def test_a_layer_whose_bits_would_change_stays(monkeypatch: pytest.MonkeyPatch) 
     layer = build("linear", 64, 256, False)
     assert spread_single_rows(layer, large_bytes=0) == 0
     assert type(layer) is nn.Linear
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_torch_s_default_dtype_does_not_matter(dtype: torch.dtype) -> None:
+    layer = build("linear", 64, 256, False)
+    torch.set_default_dtype(dtype)
+    try:
+        assert spread_single_rows(layer, large_bytes=0) == 1
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def test_onednn_takes_over() -> None:
+    layer = build("linear", 64, 256, False).requires_grad_(False)
+    spread_single_rows(layer, large_bytes=0)
+    assert can_use_onednn(layer, torch.float32, torch.device("cpu"))
+    use_onednn(layer, torch.float32, torch.device("cpu"))
+    assert type(layer) is OneDnnLinear and not hasattr(layer, "groups")
 
 
 def test_small_layers_and_one_thread_stay() -> None:

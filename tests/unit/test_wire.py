@@ -16,7 +16,7 @@ from shared.wire.dtypes import TORCH_DTYPES
 from shared.wire.error_codes import to_exception, to_message
 from shared.wire.frames import decode_frame, encode_frame
 from shared.wire.messages import Inbox, to_frames
-from shared.wire.tensors import CHUNK_BYTES
+from shared.wire.tensors import CHUNK_BYTES, MAX_FRAME_BYTES
 
 
 @given(st.integers(0, 2**64 - 1), st.text(), st.binary(max_size=300))
@@ -48,6 +48,20 @@ def test_every_dtype_arrives_bit_for_bit(dtype: torch.dtype) -> None:
     assert incoming is not None and len(frames) == 1
     assert all(torch.equal(incoming.tensors[n], t) for n, t in sent.items())
     assert incoming.tensors["a"].data_ptr() % 64 == 0
+
+
+def test_small_tensors_share_a_frame_and_no_frame_is_too_large() -> None:
+    few = {"a": torch.randn(7, 3), "b": torch.ones(5, dtype=torch.bool), "c": torch.tensor([3])}
+    assert len(list(to_frames(pb.SessionRequest(id=1, restore=pb.Restore()), few))) == 1
+    # As an optimizer's state of many layers: the announcement alone is more than a megabyte.
+    many = {f"optimizer/model.layers.{n}.{'lora' * 20}": torch.randn(256) for n in range(12_000)}
+    frames = list(to_frames(pb.SessionRequest(id=1, restore=pb.Restore()), many))
+    assert max(map(len, frames)) <= MAX_FRAME_BYTES
+    box = inbox()
+    found = [box.feed(frame) for frame in frames]
+    assert found[:-1] == [None] * (len(frames) - 1)
+    assert found[-1] is not None
+    assert all(torch.equal(found[-1].tensors[n], t) for n, t in many.items())
 
 
 def test_messages_in_chunks_may_interleave() -> None:

@@ -636,6 +636,7 @@ class Forward(_message.Message):
     ADAPTER_FIELD_NUMBER: _builtins.int
     WITHOUT_ADAPTER_FIELD_NUMBER: _builtins.int
     ANSWER_FORMAT_FIELD_NUMBER: _builtins.int
+    CACHED_TOKENS_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     """Names the state kept for Backward; unused (empty) without keep_graph."""
     keep_graph: _builtins.bool
@@ -652,6 +653,10 @@ class Forward(_message.Message):
     """Runs the blocks without any adapter."""
     answer_format: Global___WireFormat.ValueType
     """How the answer travels; what is sent says so itself."""
+    cached_tokens: _builtins.int
+    """Tokens that the client counts in the cache, the operations applied, the new ones not. Another
+    number than the trunk's is refused: a forward of one of them failed where the other counts it.
+    """
     @_builtins.property
     def cache_ops(self) -> _containers.RepeatedCompositeFieldContainer[Global___CacheOp]:
         """Applied to that cache before the forward."""
@@ -669,12 +674,15 @@ class Forward(_message.Message):
         adapter: _builtins.str = ...,
         without_adapter: _builtins.bool = ...,
         answer_format: Global___WireFormat.ValueType = ...,
+        cached_tokens: _builtins.int | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_cached_tokens", b"_cached_tokens", "cached_tokens", b"cached_tokens"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter", "answer_format", b"answer_format", "cache_id", b"cache_id", "cache_ops", b"cache_ops", "keep_graph", b"keep_graph", "micro", b"micro", "request_id", b"request_id", "step", b"step", "training", b"training", "without_adapter", b"without_adapter"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_cached_tokens", b"_cached_tokens", "adapter", b"adapter", "answer_format", b"answer_format", "cache_id", b"cache_id", "cache_ops", b"cache_ops", "cached_tokens", b"cached_tokens", "keep_graph", b"keep_graph", "micro", b"micro", "request_id", b"request_id", "step", b"step", "training", b"training", "without_adapter", b"without_adapter"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__cached_tokens: _TypeAlias = _typing.Literal["cached_tokens"]  # noqa: Y015
+    _WhichOneofArgType__cached_tokens: _TypeAlias = _typing.Literal["_cached_tokens", b"_cached_tokens"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__cached_tokens) -> _WhichOneofReturnType__cached_tokens | None: ...
 
 Global___Forward: _TypeAlias = Forward  # noqa: Y015
 
