@@ -45,7 +45,10 @@ def by_transformers(stream: Stream, count: int) -> list[torch.Tensor]:
     return outputs
 
 
-@pytest.mark.parametrize("family", ["gpt2", *OF_FAMILY])
+OTHERS = [pytest.param(f, marks=pytest.mark.slow) for f in OF_FAMILY if f != "llama"]
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama", *OTHERS])
 @pytest.mark.parametrize("rows", [1, 3])
 def test_bits_are_those_of_a_dynamic_cache(family: str, rows: int, tmp_path: Path) -> None:
     host = Host(load(family, tmp_path))
