@@ -60,14 +60,19 @@ def measure_installed(pairs: int = 15) -> list[Section]:
     one_arena = {"MALLOC_ARENA_MAX": "1"}
     named: list[tuple[str, Entry]] = [
         (FUSED, System("benchmarks.peers.trunkline", ("--fused", "1"), required=True)),
-        (WHOLE + KEPT, System("benchmarks.peers.whole", KEEP)),
         (SOCKET, System("benchmarks.peers.bare_tcp")),
-        (SOCKET + KEPT, System("benchmarks.peers.bare_tcp", KEEP)),
         (RPC, System("benchmarks.peers.torch_rpc", environment=one_arena)),
+    ]
+    kept: list[tuple[str, Entry]] = [
+        (WHOLE + KEPT, System("benchmarks.peers.whole", KEEP)),
+        (SOCKET + KEPT, System("benchmarks.peers.bare_tcp", KEEP)),
         (RPC + KEPT, System("benchmarks.peers.torch_rpc", KEEP, environment=one_arena)),
     ]
     title = "A training step beside a bare socket and torch's own RPC"
-    return [_systems("step_installed", title, named, pairs)]
+    return [
+        _systems("step_installed", title, named, pairs),
+        _systems("step_kept", f"{title}, like for like: all keep freed memory", kept, pairs),
+    ]
 
 
 def _systems(name: str, title: str, others: list[tuple[str, Entry]], pairs: int) -> Section:
