@@ -87,6 +87,17 @@ def test_where_there_is_room_for_a_token_and_no_more_it_is_taken(tmp_path: Path)
         tight.session.forward(tight.ask(2, "alone"))
 
 
+@pytest.mark.parametrize("left, held", [(71, 9), (72, 64)])
+def test_a_cache_is_packed_where_there_is_room_for_both_while_it_is_copied(
+    left: int, held: int, tmp_path: Path
+) -> None:
+    token = 2 * 2 * WIDTH * 4
+    limits = Limits(**LIMITS.__dict__ | {"session_held_bytes": left * token})
+    stream = Stream(Host(load("gpt2", tmp_path)).open(limits=limits), prompt=8)
+    stream.alone(1)
+    assert stream.session.budget.used == held * token
+
+
 def trained(session: TenantSession) -> tuple[torch.Tensor, ...]:
     """Output and gradients of a forward that is kept."""
     generator = torch.Generator().manual_seed(7)
