@@ -10,6 +10,8 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from torch.nn.functional import cross_entropy
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from transformers.loss.loss_utils import ForCausalLMLoss
 
 from client_service import fused_loss
@@ -81,9 +83,9 @@ def test_only_positions_that_count_reach_the_head() -> None:
     seen: list[int] = []
     made = fused_loss._logits
 
-    def counted(hidden_CD: torch.Tensor, *rest: Any) -> None:
+    def counted(hidden_CD: torch.Tensor, *rest: Any) -> torch.Tensor:
         seen.append(len(hidden_CD))
-        made(hidden_CD, *rest)
+        return made(hidden_CD, *rest)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(fused_loss, "_logits", counted)
@@ -95,7 +97,12 @@ def test_only_positions_that_count_reach_the_head() -> None:
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("trained", [False, True])
 @pytest.mark.parametrize("count", [1, 256, 257, 700])
-def test_chunks_add_up(count: int, trained: bool, bias: bool) -> None:
+@pytest.mark.parametrize("block", [99, 1000])
+def test_chunks_and_blocks_add_up(
+    block: int, count: int, trained: bool, bias: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fused_loss, "CHUNK_ROWS", 256)
+    monkeypatch.setattr(fused_loss, "VOCABULARY_BLOCK", block)
     torch.manual_seed(0)
     # Logits as far apart as a sharp model's, so that probabilities underflow.
     hidden = torch.randn(count, 32) * 20
@@ -114,13 +121,62 @@ def test_chunks_add_up(count: int, trained: bool, bias: bool) -> None:
             torch.testing.assert_close(mine, other, rtol=1e-5, atol=1e-5)
 
 
-def test_a_bfloat16_head_adds_its_chunks_up_in_float32() -> None:
+@pytest.mark.parametrize("first", [True, False], ids=["first", "last"])
+@pytest.mark.parametrize("trained", [False, True])
+def test_words_that_a_bias_rules_out_have_no_part(
+    trained: bool, first: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A whole block of them too, which has no largest logit."""
+    monkeypatch.setattr(fused_loss, "VOCABULARY_BLOCK", 10)
+    hidden = torch.randn(7, 8)
+    head = nn.Linear(8, 30).requires_grad_(trained)
+    out = slice(0, 12) if first else slice(18, 30)
+    with torch.no_grad():
+        head.bias[out] = -math.inf
+    labels = torch.randint(12, 18, (7,))
+    found = []
+    for loss_of in (fused_linear_cross_entropy, lambda h, m, t: cross_entropy(m(h), t)):
+        leaf = hidden.clone().requires_grad_()
+        head.zero_grad()
+        loss = loss_of(leaf, head, labels)
+        loss.backward()
+        assert leaf.grad is not None and torch.isfinite(leaf.grad).all()
+        found.append([loss.detach(), leaf.grad, head.weight.grad, head.bias.grad])
+    for mine, other in zip(*found, strict=True):
+        assert (mine is None) == (other is None)
+        if mine is not None:
+            torch.testing.assert_close(mine, other)
+
+
+class Largest(TorchDispatchMode):
+    """Notes how many numbers the largest result of any operation has."""
+
+    numbers = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, torch.Tensor):
+                self.numbers = max(self.numbers, tensor.numel())
+        return result
+
+
+def test_no_more_logits_are_made_than_those_of_a_chunk_and_a_block() -> None:
+    hidden = torch.randn(2000, 16, requires_grad=True)
+    head = nn.Linear(16, 50_000, bias=False).requires_grad_(False)
+    with Largest() as largest:
+        fused_linear_cross_entropy(hidden, head, torch.randint(50_000, (2000,))).backward()
+    assert largest.numbers == 1000 * fused_loss.VOCABULARY_BLOCK
+
+
+def test_a_bfloat16_head_adds_its_chunks_and_blocks_up_in_float32() -> None:
     torch.manual_seed(0)
     hidden = torch.randn(2000, 32, dtype=torch.bfloat16)
     head = nn.Linear(32, 100).bfloat16()
     labels = torch.randint(100, (2000,))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(fused_loss, "CHUNK_ROWS", 10)
+        patch.setattr(fused_loss, "VOCABULARY_BLOCK", 7)
         loss = fused_linear_cross_entropy(hidden.requires_grad_(), head, labels)
     loss.backward()
     exact = nn.Linear(32, 100)
