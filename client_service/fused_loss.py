@@ -29,6 +29,7 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils.generic import can_return_tuple
 
+from shared.errors import InvalidInputError
 from shared.models.onednn import OneDnnLinear, applies, product
 from shared.models.single_row import SpreadLinear
 
@@ -119,8 +120,17 @@ def fused_linear_cross_entropy(
 
     Returns:
         A float32 scalar; NaN if no label counts and ``num_items`` is None, as torch's mean is.
+
+    Raises:
+        InvalidInputError: If a label is no word of the head's.
     """
     kept_K = (labels_N != ignore_index).nonzero().squeeze(1)
+    outside = (found_K := labels_N[kept_K])[(found_K < 0) | (found_K >= len(head.weight))]
+    if len(outside):
+        raise InvalidInputError(
+            f"label {int(outside[0])}: accepted are 0 to {len(head.weight) - 1}, and {ignore_index} "
+            "for what has no loss"
+        )
     by_onednn = isinstance(head, OneDnnLinear) and applies(hidden_ND, head.weight, head.bias)
     total = _SummedLoss.apply(hidden_ND, head.weight, head.bias, labels_N, kept_K, by_onednn)
     divisor = len(kept_K) if num_items is None else num_items
@@ -209,13 +219,11 @@ class _Chunk:
 
     def __init__(self, hidden_CD: torch.Tensor, labels_C: torch.Tensor, by_onednn: bool) -> None:
         self._hidden_CD, self._labels_C, self._by_onednn = hidden_CD, labels_C, by_onednn
-        as_float = {"dtype": torch.float32, "device": hidden_CD.device}
-        count, width = hidden_CD.shape
+        self._weighted_CD = torch.zeros_like(hidden_CD, dtype=torch.float32)
+        self._sum_C = self._weighted_CD.new_zeros(len(hidden_CD))
+        self._at_label_C = torch.zeros_like(self._sum_C)
         # Not minus infinity, from which a word that is ruled out by its bias could not be told.
-        self._largest_C = torch.full((count,), torch.finfo(torch.float32).min, **as_float)
-        self._sum_C = torch.zeros(count, **as_float)
-        self._at_label_C = torch.zeros(count, **as_float)
-        self._weighted_CD = torch.zeros(count, width, **as_float)
+        self._largest_C = torch.full_like(self._sum_C, torch.finfo(torch.float32).min)
         self._kept: list[tuple[int, torch.Tensor, torch.Tensor]] = []
 
     def run(
@@ -243,11 +251,13 @@ class _Chunk:
 
     def loss(self) -> torch.Tensor:
         """The cross entropy's sum over the positions."""
-        return (self._largest_C + self._sum_C.log() - self._at_label_C).sum()
+        loss: torch.Tensor = (self._largest_C + self._sum_C.log() - self._at_label_C).sum()
+        return loss
 
     def hidden_grad(self, weight_VD: torch.Tensor) -> torch.Tensor:
         """That sum's gradient [C, D] in float32 with respect to what the head was given."""
-        return self._weighted_CD.div_(self._sum_C[:, None]).sub_(weight_VD[self._labels_C])
+        mean_CD = self._weighted_CD.div_(self._sum_C[:, None])
+        return mean_CD.sub_(weight_VD[self._labels_C])
 
     def add_weight_grads(self, weight_VD: torch.Tensor | None, bias_V: torch.Tensor | None) -> None:
         """Adds that sum's gradients with respect to the head's weight and bias."""

@@ -17,6 +17,7 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 from client_service import fused_loss
 from client_service.fused_loss import fused_linear_cross_entropy
 from client_service.split_ends import split_class
+from shared.errors import InvalidInputError
 from tests.models import OF_FAMILY, VOCAB, tiny_model
 
 
@@ -146,6 +147,13 @@ def test_words_that_a_bias_rules_out_have_no_part(
         assert (mine is None) == (other is None)
         if mine is not None:
             torch.testing.assert_close(mine, other)
+
+
+@pytest.mark.parametrize("label", [-1, 30])
+def test_a_label_outside_the_vocabulary_is_refused(label: int) -> None:
+    head = nn.Linear(8, 30)
+    with pytest.raises(InvalidInputError, match=f"label {label}: accepted are 0 to 29, and -100"):
+        fused_linear_cross_entropy(torch.randn(2, 8), head, torch.tensor([3, label]))
 
 
 class Largest(TorchDispatchMode):
