@@ -128,8 +128,8 @@ def fused_linear_cross_entropy(
     outside = (found_K := labels_N[kept_K])[(found_K < 0) | (found_K >= len(head.weight))]
     if len(outside):
         raise InvalidInputError(
-            f"label {int(outside[0])}: accepted are 0 to {len(head.weight) - 1}, and {ignore_index} "
-            "for what has no loss"
+            f"label {int(outside[0])}: accepted are 0 to {len(head.weight) - 1}, and "
+            f"{ignore_index} for what has no loss"
         )
     by_onednn = isinstance(head, OneDnnLinear) and applies(hidden_ND, head.weight, head.bias)
     total = _SummedLoss.apply(hidden_ND, head.weight, head.bias, labels_N, kept_K, by_onednn)
