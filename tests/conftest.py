@@ -18,6 +18,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.forked import ForkedDaemon
 from tests.models import save_tiny_model
 
 torch.set_num_threads(2)
@@ -40,7 +41,7 @@ def same_threads() -> None:
 class Daemon:
     """A running ``trunkd``."""
 
-    process: subprocess.Popen[bytes]
+    process: ForkedDaemon | subprocess.Popen[bytes]
     ready: dict[str, str]
     log_path: Path
 
@@ -52,15 +53,27 @@ class Daemon:
         return self.log_path.read_text(encoding="utf-8")
 
 
-def start_daemon(folder: Path, *flags: str) -> Daemon:
-    """Starts a daemon on a free port and waits until it serves."""
+def start_daemon(folder: Path, *flags: str, forked: bool = True) -> Daemon:
+    """Starts a daemon on a free port and waits until it serves.
+
+    Args:
+        folder: For its log and its ready file.
+        flags: More of its command line.
+        forked: From a process that has loaded its modules; without, what they read of the
+            environment when they are loaded is this test's.
+    """
     ready, log = folder / "ready.json", folder / "log.jsonl"
-    command = [sys.executable, "-m", "trunk_service", "--listen", "127.0.0.1:0"]
+    command = ["--listen", "127.0.0.1:0", "--ready-file", str(ready)]
     if "--drain-timeout-s" not in flags:
         # A refused step leaves gradients, whose step no test waits for.
         command += ["--drain-timeout-s", "1"]
-    with log.open("wb") as sink:
-        process = subprocess.Popen([*command, "--ready-file", str(ready), *flags], stderr=sink)
+    process: ForkedDaemon | subprocess.Popen[bytes]
+    if forked:
+        process = ForkedDaemon([*command, *flags], log)
+    else:
+        with log.open("wb") as sink:
+            whole = [sys.executable, "-m", "trunk_service", *command, *flags]
+            process = subprocess.Popen(whole, stderr=sink)
     pause = threading.Event()
     while not ready.exists():
         assert process.poll() is None, log.read_text(encoding="utf-8")

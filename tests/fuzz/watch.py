@@ -29,6 +29,7 @@ def start_trunk(folder: Path) -> Daemon:
         *("--max-adapter-parameters", "300000"),
         *("--return-memory-after-s", "1"),
         *("--held-bytes", str(HELD_BYTES), "--session-held-bytes", str(SESSION_HELD_BYTES)),
+        forked=False,  # its memory is its own
     )
 
 

@@ -43,9 +43,8 @@ def test_fine_tuning_is_exact_and_returns_its_memory(tmp_path: Path) -> None:
     torch.manual_seed(0)
     config = GPT2Config(resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)
     GPT2LMHeadModel(config).save_pretrained(tmp_path / "model")
-    daemon = start_daemon(
-        tmp_path, "--model", str(tmp_path / "model"), "--return-memory-after-s", "1"
-    )
+    flags = ("--model", str(tmp_path / "model"), "--return-memory-after-s", "1")
+    daemon = start_daemon(tmp_path, *flags, forked=False)  # its memory is its own
     process = psutil.Process(daemon.process.pid)
 
     def resident() -> int:

@@ -248,7 +248,8 @@ def test_memory_that_runs_out_costs_one_request(
 ) -> None:
     with monkeypatch.context() as patched:
         patched.setenv("TRUNKLINE_FAILPOINTS", f"trunk.{place}=memory")
-        poor = start_daemon(tmp_path, "--model", str(model), "--threads", "1")
+        flags = ("--model", str(model), "--threads", "1")
+        poor = start_daemon(tmp_path, *flags, forked=False)
     found = []
     for address, refused in ((trunk.address, 0), (poor.address, 1)):
         session = TrunkSession(address, TERMS)
