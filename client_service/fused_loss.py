@@ -2,13 +2,17 @@
 
 The ordinary way makes float32 logits of every position, a log-softmax of the same size and, in the
 backward, both of their gradients; positions whose label is ignored are computed and thrown away.
-Here only the positions that count reach the head, and they do with a block of the vocabulary at a
-time, as attention that keeps to the cache goes over its keys (Milakov and Gimelshein,
-arXiv:1805.02867; Dao et al., arXiv:2205.14135): a block's logits become exponentials relative to
-the largest logit so far and are multiplied by the block's rows of the head, while all of them lie
-in the processor's cache; a sum is scaled when a larger logit is found. The gradient of the cross
-entropy with respect to what the head was given is that sum over the sum of exponentials, less the
-label's row.
+Here only the positions that count reach the head, a chunk of rows at a time in one buffer, which is
+logits, then probabilities, then the gradient with respect to the logits. The method is that of
+Liger's fused linear cross entropy (arXiv:2410.10989).
+
+A frozen float32 head on a CPU, which is most of a client's step, is gone over with a block of the
+vocabulary at a time, as attention that keeps to the cache goes over its keys (Milakov and
+Gimelshein, arXiv:1805.02867; Dao et al., arXiv:2205.14135): a block's logits become exponentials
+relative to the largest logit so far and are multiplied by the block's rows of the head, while all
+of them lie in the processor's cache; the sum is scaled when a larger logit is found. A head that is
+trained needs every probability at the end, and in less precision than float32 the difference
+between such a sum and the label's row would be lost.
 
 N positions, K of them with a label that counts, C of one chunk, D model dimension, V vocabulary,
 B words of one block.
@@ -36,12 +40,15 @@ from shared.models.single_row import SpreadLinear
 IGNORED = -100
 """The label of positions that have no loss."""
 
-CHUNK_ROWS = 1024
-"""Most positions at a time: the head's rows are read anew for each chunk."""
+CHUNK_ROWS = 512
+"""Most positions at a time: a CPU's matrix products want many, memory few."""
+
+ONEDNN_CHUNK_ROWS = 256
+"""The same where oneDNN computes them; it does not write into a buffer of ours, and memory that is
+not much larger is not asked of the system anew."""
 
 VOCABULARY_BLOCK = 1024
-"""Words at a time on a CPU: 4 MiB of logits and, at 768 dimensions, 3 MiB of the head. Elsewhere it
-is the whole vocabulary, since a device wants much work at a time."""
+"""Words at a time: 2 MiB of logits and, at 768 dimensions, 3 MiB of the head."""
 
 # What families that change the head's logits call it in their configuration; None and 1 change
 # nothing.
@@ -131,8 +138,8 @@ def fused_linear_cross_entropy(
             f"label {int(outside[0])}: accepted are 0 to {len(head.weight) - 1}, and "
             f"{ignore_index} for what has no loss"
         )
-    by_onednn = isinstance(head, OneDnnLinear) and applies(hidden_ND, head.weight, head.bias)
-    total = _SummedLoss.apply(hidden_ND, head.weight, head.bias, labels_N, kept_K, by_onednn)
+    summed = _method(head, hidden_ND)
+    total = summed.apply(hidden_ND, head.weight, head.bias, labels_N, kept_K)
     divisor = len(kept_K) if num_items is None else num_items
     if isinstance(divisor, torch.Tensor):
         divisor = divisor.to(total.device)
@@ -166,6 +173,18 @@ def _fused_forward(
     )
 
 
+# Logits are the largest thing a client makes; fresh memory for them costs a page fault for every
+# 4 KiB at every step. Who takes the buffer has it alone, whatever other threads compute.
+_spare_buffers: dict[torch.device, torch.Tensor] = {}
+
+
+def _take_buffer(count: int, device: torch.device) -> torch.Tensor:
+    spare = _spare_buffers.pop(device, None)
+    if spare is not None and len(spare) >= count:
+        return spare
+    return torch.empty(count, dtype=torch.float32, device=device)
+
+
 class _SummedLoss(torch.autograd.Function):
     """The sum over positions, so that whoever divides it also divides its gradients."""
 
@@ -177,7 +196,6 @@ class _SummedLoss(torch.autograd.Function):
         bias_V: torch.Tensor | None,
         labels_N: torch.Tensor,
         kept_K: torch.Tensor,
-        by_onednn: bool,
     ) -> torch.Tensor:
         for_hidden, for_weight, for_bias, *_ = ctx.needs_input_grad
         # Sums over chunks are made in float32, whatever the model is in.
@@ -186,16 +204,23 @@ class _SummedLoss(torch.autograd.Function):
         grad_bias_V = torch.zeros_like(weight_VD[:, 0], dtype=torch.float32) if for_bias else None
         total = torch.zeros((), dtype=torch.float32, device=hidden_ND.device)
         # Chunks of one size: a small last one would be the slowest.
-        for rows_C in kept_K.chunk(max(1, math.ceil(len(kept_K) / CHUNK_ROWS))):
-            if not len(rows_C):
-                continue
-            hidden_CD, labels_C = hidden_ND[rows_C], labels_N[rows_C]
-            chunk = _Chunk(hidden_CD, labels_C, by_onednn)
-            chunk.run(weight_VD, bias_V, with_grad=for_hidden, keep=for_weight or for_bias)
-            total += chunk.loss()
+        chunks = kept_K.chunk(max(1, math.ceil(len(kept_K) / CHUNK_ROWS)))
+        buffer = _take_buffer(len(chunks[0]) * len(weight_VD), hidden_ND.device)
+        for rows_C in chunks:
+            hidden_CD = hidden_ND[rows_C]
+            # Vocabulary first: for both products the faster way round, and for the weight's
+            # gradient the way it lies in memory.
+            logits_VC = buffer[: len(weight_VD) * len(rows_C)].view(len(weight_VD), len(rows_C))
+            _logits(hidden_CD, weight_VD, bias_V, logits_VC)
+            total += _to_gradient(logits_VC, labels_N[rows_C], vocabulary=0)
+            if grad_bias_V is not None:
+                grad_bias_V += logits_VC.sum(1)
+            grad_VC = logits_VC.to(hidden_ND.dtype)
+            if grad_weight_VD is not None:
+                _add_product(grad_weight_VD, grad_VC, hidden_CD)
             if grad_hidden_ND is not None:
-                grad_hidden_ND[rows_C] = chunk.hidden_grad(weight_VD).to(hidden_ND.dtype)
-            chunk.add_weight_grads(grad_weight_VD, grad_bias_V)
+                grad_hidden_ND[rows_C] = grad_VC.T @ weight_VD
+        _spare_buffers[hidden_ND.device] = buffer
         ctx.nothing_counts = not len(kept_K)
         ctx.save_for_backward(grad_hidden_ND, grad_weight_VD, grad_bias_V)
         ctx.dtypes = (hidden_ND.dtype, weight_VD.dtype, weight_VD.dtype)
@@ -211,108 +236,159 @@ class _SummedLoss(torch.autograd.Function):
             None if saved is None else (saved * grad).to(dtype)
             for saved, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
         ]
-        return (*scaled, None, None, None)
+        return (*scaled, None, None)
 
 
-class _Chunk:
-    """Positions whose loss and gradients are summed up over the vocabulary, block by block."""
+class _OneDnnSummedLoss(torch.autograd.Function):
+    """The same for a frozen head, by oneDNN: its products want the vocabulary last."""
 
-    def __init__(self, hidden_CD: torch.Tensor, labels_C: torch.Tensor, by_onednn: bool) -> None:
-        self._hidden_CD, self._labels_C, self._by_onednn = hidden_CD, labels_C, by_onednn
-        self._weighted_CD = torch.zeros_like(hidden_CD, dtype=torch.float32)
-        self._sum_C = self._weighted_CD.new_zeros(len(hidden_CD))
-        self._at_label_C = torch.zeros_like(self._sum_C)
-        # Not minus infinity, from which a word that is ruled out by its bias could not be told.
-        self._largest_C = torch.full_like(self._sum_C, torch.finfo(torch.float32).min)
-        self._kept: list[tuple[int, torch.Tensor, torch.Tensor]] = []
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden_ND: torch.Tensor,
+        weight_VD: torch.Tensor,
+        bias_V: torch.Tensor | None,
+        labels_N: torch.Tensor,
+        kept_K: torch.Tensor,
+    ) -> torch.Tensor:
+        grad_hidden_ND = torch.zeros_like(hidden_ND) if ctx.needs_input_grad[0] else None
+        total = torch.zeros(())
+        for rows_C in kept_K.chunk(max(1, math.ceil(len(kept_K) / ONEDNN_CHUNK_ROWS))):
+            if not len(rows_C):
+                continue
+            logits_CV = product(hidden_ND[rows_C], weight_VD, bias_V)
+            total += _to_gradient(logits_CV, labels_N[rows_C], vocabulary=1)
+            if grad_hidden_ND is not None:
+                grad_hidden_ND[rows_C] = product(logits_CV, weight_VD.T)
+        ctx.nothing_counts = not len(kept_K)
+        ctx.save_for_backward(grad_hidden_ND)
+        return total
 
-    def run(
-        self, weight_VD: torch.Tensor, bias_V: torch.Tensor | None, with_grad: bool, keep: bool
-    ) -> None:
-        """Goes over the vocabulary.
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        return _frozen_backward(ctx, grad)
 
-        Args:
-            weight_VD: The head's.
-            bias_V: The head's, if it has one.
-            with_grad: For :meth:`hidden_grad`.
-            keep: For :meth:`add_weight_grads`, which needs every block's exponentials.
-        """
-        block = VOCABULARY_BLOCK if weight_VD.device.type == "cpu" else len(weight_VD)
-        for first in range(0, len(weight_VD), block):
-            weight_BD = weight_VD[first : first + block]
-            bias_B = None if bias_V is None else bias_V[first : first + block]
-            logits_CB = _logits(self._hidden_CD, weight_BD, bias_B, self._by_onednn)
-            self._note_labels(logits_CB, first)
-            exponentials_CB = self._exponentials(logits_CB)
-            if with_grad:
-                _add_product(self._weighted_CD, exponentials_CB, weight_BD, self._by_onednn)
-            if keep:
-                self._kept.append((first, exponentials_CB, self._largest_C))
 
-    def loss(self) -> torch.Tensor:
-        """The cross entropy's sum over the positions."""
-        loss: torch.Tensor = (self._largest_C + self._sum_C.log() - self._at_label_C).sum()
-        return loss
+class _BlockwiseSummedLoss(torch.autograd.Function):
+    """The same for a frozen float32 head on a CPU, a block of the vocabulary at a time."""
 
-    def hidden_grad(self, weight_VD: torch.Tensor) -> torch.Tensor:
-        """That sum's gradient [C, D] in float32 with respect to what the head was given."""
-        mean_CD = self._weighted_CD.div_(self._sum_C[:, None])
-        return mean_CD.sub_(weight_VD[self._labels_C])
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden_ND: torch.Tensor,
+        weight_VD: torch.Tensor,
+        bias_V: torch.Tensor | None,
+        labels_N: torch.Tensor,
+        kept_K: torch.Tensor,
+    ) -> torch.Tensor:
+        grad_hidden_ND = torch.zeros_like(hidden_ND)
+        total = torch.zeros(())
+        for rows_C in kept_K.chunk(max(1, math.ceil(len(kept_K) / CHUNK_ROWS))):
+            if not len(rows_C):
+                continue
+            loss, grad_CD = _blockwise(hidden_ND[rows_C], weight_VD, bias_V, labels_N[rows_C])
+            total += loss
+            grad_hidden_ND[rows_C] = grad_CD
+        ctx.nothing_counts = not len(kept_K)
+        ctx.save_for_backward(grad_hidden_ND)
+        return total
 
-    def add_weight_grads(self, weight_VD: torch.Tensor | None, bias_V: torch.Tensor | None) -> None:
-        """Adds that sum's gradients with respect to the head's weight and bias."""
-        for first, exponentials_CB, largest_C in self._kept:
-            words = slice(first, first + exponentials_CB.shape[1])
-            # Of exponentials relative to another largest logit: what makes probabilities of them.
-            scale_C = (largest_C - self._largest_C).exp_().div_(self._sum_C)
-            if weight_VD is not None:
-                scaled_CD = (self._hidden_CD * scale_C[:, None]).to(self._hidden_CD.dtype)
-                _add_product(weight_VD[words], exponentials_CB.T, scaled_CD)
-            if bias_V is not None:
-                bias_V[words] += exponentials_CB.T @ scale_C
-        if weight_VD is not None:
-            weight_VD.index_add_(0, self._labels_C, self._hidden_CD.float(), alpha=-1)
-        if bias_V is not None:
-            bias_V.index_add_(0, self._labels_C, torch.ones_like(self._sum_C), alpha=-1)
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        return _frozen_backward(ctx, grad)
 
-    def _note_labels(self, logits_CB: torch.Tensor, first: int) -> None:
-        words = logits_CB.shape[1]
-        place_C = self._labels_C - first
-        here_C = (place_C >= 0) & (place_C < words)
-        found_C = logits_CB.gather(1, place_C.clamp(0, words - 1)[:, None])[:, 0]
-        self._at_label_C = torch.where(here_C, found_C, self._at_label_C)
 
-    def _exponentials(self, logits_CB: torch.Tensor) -> torch.Tensor:
-        """Makes logits exponentials, in place, and brings the sums to the same largest logit."""
-        largest_C = torch.maximum(self._largest_C, logits_CB.amax(1))
-        shrunk_C = (self._largest_C - largest_C).exp_()
-        self._largest_C = largest_C
+def _frozen_backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    (grad_hidden_ND,) = ctx.saved_tensors
+    if ctx.nothing_counts:
+        grad = torch.zeros_like(grad)
+    return None if grad_hidden_ND is None else grad_hidden_ND * grad, None, None, None, None
+
+
+def _blockwise(
+    hidden_CD: torch.Tensor,
+    weight_VD: torch.Tensor,
+    bias_V: torch.Tensor | None,
+    labels_C: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The positions' summed cross entropy and its gradient with respect to what the head is given.
+
+    The gradient is the head's rows weighted by the probabilities, less the label's row.
+    """
+    weighted_CD = torch.zeros_like(hidden_CD)
+    sum_C = weighted_CD.new_zeros(len(hidden_CD))
+    at_label_C = torch.zeros_like(sum_C)
+    # Not minus infinity, from which a word that is ruled out by its bias could not be told.
+    largest_C = torch.full_like(sum_C, torch.finfo(sum_C.dtype).min)
+    for first in range(0, len(weight_VD), VOCABULARY_BLOCK):
+        weight_BD = weight_VD[first : first + VOCABULARY_BLOCK]
+        bias_B = None if bias_V is None else bias_V[first : first + VOCABULARY_BLOCK]
+        logits_CB = nn.functional.linear(hidden_CD, weight_BD, bias_B)
+        place_C = labels_C - first
+        here_C = (place_C >= 0) & (place_C < len(weight_BD))
+        found_C = logits_CB.gather(1, place_C.clamp(0, len(weight_BD) - 1)[:, None])[:, 0]
+        at_label_C = torch.where(here_C, found_C, at_label_C)
+        larger_C = torch.maximum(largest_C, logits_CB.amax(1))
+        shrunk_C = (largest_C - larger_C).exp_()
+        largest_C = larger_C
         exponentials_CB = logits_CB.sub_(largest_C[:, None]).exp_()
-        self._sum_C = torch.addcmul(exponentials_CB.sum(1), self._sum_C, shrunk_C)
-        self._weighted_CD *= shrunk_C[:, None]
-        return exponentials_CB
+        sum_C = torch.addcmul(exponentials_CB.sum(1), sum_C, shrunk_C)
+        weighted_CD.mul_(shrunk_C[:, None]).addmm_(exponentials_CB, weight_BD)
+    # In this order, since log(sum) is small beside the largest logit.
+    loss = ((largest_C - at_label_C) + sum_C.log()).sum()
+    return loss, weighted_CD.div_(sum_C[:, None]).sub_(weight_VD[labels_C])
+
+
+def _method(head: nn.Linear, hidden_ND: torch.Tensor) -> Any:
+    if isinstance(head, OneDnnLinear) and applies(hidden_ND, head.weight, head.bias):
+        return _OneDnnSummedLoss
+    trained = head.weight.requires_grad or (head.bias is not None and head.bias.requires_grad)
+    in_float32 = hidden_ND.dtype == head.weight.dtype == torch.float32
+    if in_float32 and hidden_ND.device.type == "cpu" and hidden_ND.requires_grad and not trained:
+        return _BlockwiseSummedLoss
+    return _SummedLoss
 
 
 def _logits(
     hidden_CD: torch.Tensor,
-    weight_BD: torch.Tensor,
-    bias_B: torch.Tensor | None,
-    by_onednn: bool,
-) -> torch.Tensor:
-    """The head's output [C, B] in float32."""
-    if by_onednn:
-        made: torch.Tensor = product(hidden_CD, weight_BD, bias_B)
-        return made
-    return nn.functional.linear(hidden_CD, weight_BD, bias_B).float()
-
-
-def _add_product(
-    total: torch.Tensor, left: torch.Tensor, right: torch.Tensor, by_onednn: bool = False
+    weight_VD: torch.Tensor,
+    bias_V: torch.Tensor | None,
+    out_VC: torch.Tensor,
 ) -> None:
-    """Adds ``left @ right``, computed in the type of ``right``, to a total in float32."""
-    if by_onednn:
-        total += product(left, right.T)
-    elif right.dtype == total.dtype:
-        total.addmm_(left, right)
+    """The head's output, transposed, in float32."""
+    in_place = hidden_CD.dtype == torch.float32
+    out = out_VC if in_place else None
+    if bias_V is None:
+        made = torch.mm(weight_VD, hidden_CD.T, out=out)
     else:
-        total += left.to(right.dtype) @ right
+        made = torch.addmm(bias_V[:, None], weight_VD, hidden_CD.T, out=out)
+    if not in_place:
+        out_VC.copy_(made)
+
+
+def _to_gradient(logits: torch.Tensor, labels_C: torch.Tensor, vocabulary: int) -> torch.Tensor:
+    """Makes logits the gradient of their summed cross entropy, in place; returns that sum.
+
+    Args:
+        logits: [V, C] or [C, V].
+        labels_C: Of the positions.
+        vocabulary: The dimension of V.
+    """
+    places_C = torch.arange(len(labels_C), device=labels_C.device)
+    labelled = (labels_C, places_C) if vocabulary == 0 else (places_C, labels_C)
+    at_label_C = logits[labelled]
+    largest_C = logits.amax(vocabulary)
+    probabilities = torch.softmax(logits, vocabulary, out=logits)
+    # The largest probability is exp(largest - logsumexp), and never so small that it is lost.
+    logsumexp_C = largest_C - probabilities.amax(vocabulary).log()
+    probabilities[labelled] -= 1
+    return (logsumexp_C - at_label_C).sum()
+
+
+def _add_product(total_VD: torch.Tensor, left_VC: torch.Tensor, right_CD: torch.Tensor) -> None:
+    if left_VC.dtype == total_VD.dtype:
+        total_VD.addmm_(left_VC, right_CD)
+    else:
+        total_VD += left_VC @ right_CD

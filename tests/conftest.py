@@ -68,7 +68,8 @@ def start_daemon(folder: Path, *flags: str, forked: bool = True) -> Daemon:
         # A refused step leaves gradients, whose step no test waits for.
         command += ["--drain-timeout-s", "1"]
     process: ForkedDaemon | subprocess.Popen[bytes]
-    if forked:
+    on_cuda = any("cuda" in said for said in (*flags, os.environ.get("TRUNKD_DEVICE", "")))
+    if forked and not on_cuda:
         process = ForkedDaemon([*command, *flags], log)
     else:
         with log.open("wb") as sink:

@@ -2,19 +2,23 @@
 
 Most of a daemon's start, five seconds on two cores, is the import of its libraries. Here they are
 imported once, in a process that does nothing else; each daemon is a fork of it with a command line
-and a log of its own, which runs ``trunkd`` from there as ever. Tests of commands start the
-installed programs instead.
+and a log of its own, which runs ``trunkd`` from there as ever, but for the interpreter's own end.
+Tests of that, of memory and of commands start a program instead, and so do all tests on a CUDA
+device, which a fork cannot use.
 """
 
 from __future__ import annotations
 
+import atexit
 import multiprocessing
+import multiprocessing.util
 import os
 import signal
 import subprocess
 import sys
 from pathlib import Path
 
+_started: list[ForkedDaemon] = []
 _FORKS = multiprocessing.get_context("forkserver")
 _FORKS.set_forkserver_preload(["trunk_service.__main__", __name__])
 
@@ -28,11 +32,13 @@ class ForkedDaemon:
     """
 
     def __init__(self, flags: list[str], log: Path) -> None:
+        log.write_bytes(b"")
         given = (flags, str(log), dict(os.environ))
         self._process = _FORKS.Process(target=_run, args=given, daemon=True)
         self._process.start()
         assert self._process.pid is not None
         self.pid = self._process.pid
+        _started.append(self)
 
     def poll(self) -> int | None:
         """Its exit status, or None while it runs; if a signal ended it, the negative number."""
@@ -68,7 +74,14 @@ def _run(flags: list[str], log: str, environment: dict[str, str]) -> None:
 
     os.environ.clear()
     os.environ.update(environment)
-    sink = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    sink = os.open(log, os.O_WRONLY | os.O_APPEND)
     os.dup2(sink, 2)
     sys.argv = ["trunkd", *flags]
     main()
+
+
+@atexit.register
+def _end_all() -> None:
+    """Before multiprocessing asks them to, which waits for as long as a daemon drains."""
+    for daemon in _started:
+        daemon.kill()

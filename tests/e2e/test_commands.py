@@ -178,7 +178,7 @@ def test_bench_needs_a_checkout(tmp_path: Path) -> None:
 
 
 def test_sigterm_drains_and_exits_clean(tmp_path: Path) -> None:
-    daemon = start_daemon(tmp_path, "--drain-timeout-s", "5")
+    daemon = start_daemon(tmp_path, "--drain-timeout-s", "5", forked=False)
     with grpc.insecure_channel(daemon.address) as channel:
         health = health_pb2_grpc.HealthStub(channel)
         request = health_pb2.HealthCheckRequest(service="trunkline.v1.TrunkService")
@@ -209,7 +209,7 @@ def test_a_port_serves_one_daemon(trunkd: Callable[..., Daemon]) -> None:
 
 @pytest.mark.slow
 def test_a_silent_session_is_freed(tmp_path: Path) -> None:
-    daemon = start_daemon(tmp_path, "--session-lease-s", "0.5")
+    daemon = start_daemon(tmp_path, "--session-lease-s", "0.5", forked=False)
     session = TrunkSession(daemon.address, SessionTerms(), reconnect_timeout_s=0)
     session._link._connection._reader.join(timeout=30)  # ends when the trunk ends the stream
     with pytest.raises(TrunkUnavailableError, match="lease"):

@@ -58,7 +58,7 @@ def test_the_ready_file_says_what_is_served(bundled_trunk: Daemon) -> None:
 
 
 def test_draining_lets_an_open_step_finish_and_takes_nothing_new(tmp_path: Path) -> None:
-    daemon = start_daemon(tmp_path, "--drain-timeout-s", "600")
+    daemon = start_daemon(tmp_path, "--drain-timeout-s", "600", forked=False)
     terms = SessionTerms(peft_config_json=LORA)
     session = TrunkSession(daemon.address, terms, reconnect_timeout_s=0)
     session.forward(HIDDEN, HELD)
@@ -75,7 +75,7 @@ def test_draining_lets_an_open_step_finish_and_takes_nothing_new(tmp_path: Path)
 
 
 def test_a_frozen_session_holds_up_no_draining(tmp_path: Path) -> None:
-    daemon = start_daemon(tmp_path, "--drain-timeout-s", "600")
+    daemon = start_daemon(tmp_path, "--drain-timeout-s", "600", forked=False)
     session = TrunkSession(daemon.address, SessionTerms())
     session.forward(HIDDEN, HELD)
     session.backward(HIDDEN, "a")  # its last: a frozen trunk is never stepped

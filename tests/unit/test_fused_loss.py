@@ -173,17 +173,16 @@ def test_no_more_logits_are_made_than_those_of_a_chunk_and_a_block() -> None:
     head = nn.Linear(16, 50_000, bias=False).requires_grad_(False)
     with Largest() as largest:
         fused_linear_cross_entropy(hidden, head, torch.randint(50_000, (2000,))).backward()
-    assert largest.numbers == 1000 * fused_loss.VOCABULARY_BLOCK
+    assert largest.numbers == 500 * fused_loss.VOCABULARY_BLOCK  # four chunks of 500
 
 
-def test_a_bfloat16_head_adds_its_chunks_and_blocks_up_in_float32() -> None:
+def test_a_bfloat16_head_adds_its_chunks_up_in_float32() -> None:
     torch.manual_seed(0)
     hidden = torch.randn(2000, 32, dtype=torch.bfloat16)
     head = nn.Linear(32, 100).bfloat16()
     labels = torch.randint(100, (2000,))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(fused_loss, "CHUNK_ROWS", 10)
-        patch.setattr(fused_loss, "VOCABULARY_BLOCK", 7)
         loss = fused_linear_cross_entropy(hidden.requires_grad_(), head, labels)
     loss.backward()
     exact = nn.Linear(32, 100)
@@ -193,6 +192,35 @@ def test_a_bfloat16_head_adds_its_chunks_and_blocks_up_in_float32() -> None:
     difference = (head.weight.grad.float() - exact.weight.grad).norm() / exact.weight.grad.norm()
     assert difference < 0.01  # 200 sums in bfloat16 would be off by more
     assert loss.dtype == torch.float32 and hidden.grad is not None
+
+
+@pytest.mark.parametrize("trained", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_gradients_of_sure_tokens_are_not_rounded_away(
+    dtype: torch.dtype, trained: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Labels of probability 0.999: what is left is small beside the label's row."""
+    monkeypatch.setattr(fused_loss, "VOCABULARY_BLOCK", 300)
+    torch.manual_seed(0)
+    labels = torch.randint(1000, (64,))
+    head = nn.Linear(256, 1000, bias=False).requires_grad_(trained)
+    with torch.no_grad():
+        head.weight.copy_(torch.randn(1000, 256) + 0.5)  # with a mean, as embeddings have
+        rows = head.weight[labels] - 0.5
+        hidden = rows * ((math.log(999) + math.log(1000)) / rows.square().sum(1))[:, None]
+    exact = nn.Linear(256, 1000, bias=False, dtype=torch.float64).requires_grad_(trained)
+    head, hidden = head.to(dtype), hidden.to(dtype)
+    exact.weight.data.copy_(head.weight)
+    found = []
+    for loss_of, of in ((fused_linear_cross_entropy, head), (None, exact)):
+        leaf = hidden.detach().to(of.weight.dtype, copy=True).requires_grad_()
+        loss = loss_of(leaf, of, labels) if loss_of else cross_entropy(of(leaf), labels)
+        loss.backward()
+        found.append([g.double() for g in (leaf.grad, of.weight.grad) if g is not None])
+    assert 0 < float(loss.detach()) < 0.05
+    bound = 0.1 if dtype == torch.bfloat16 else 1e-2
+    for mine, other in zip(*found, strict=True):
+        assert (mine - other).norm() / other.norm() < bound
 
 
 def test_a_retained_graph_gives_its_gradient_again() -> None:
