@@ -80,8 +80,8 @@ class SplitModelForCausalLM:
             wire_check_every: Training forwards from one such look to the next.
             quantize: Holds the ends' base weights in ``"nf4"`` or ``"int8"`` (bitsandbytes).
             fused_loss: In training mode, makes the loss and its gradients without the logits, and
-                only where a label counts (see :mod:`client_service.fused_loss`): faster, the same
-                up to rounding, and the output's ``logits`` are None.
+                only where a label counts (see :mod:`client_service.fused_loss`): faster in
+                float32, the same up to rounding, and the output's ``logits`` are None.
             onednn: Lets oneDNN compute frozen float32 linear layers of the ends: faster on AMD
                 CPUs, the same up to rounding (see :mod:`shared.models.onednn`).
             reconnect_timeout_s: How long to look for a trunk when one is lost; 0 gives up at once.
