@@ -50,6 +50,13 @@ not much larger is not asked of the system anew."""
 VOCABULARY_BLOCK = 1024
 """Words at a time: 2 MiB of logits and, at 768 dimensions, 3 MiB of the head."""
 
+_OfChunk = Callable[
+    [torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor],
+    tuple[torch.Tensor, torch.Tensor],
+]
+"""Of what a chunk's head is given [C, D], its weight, its bias and the labels [C]: the summed loss
+and its gradient [C, D]."""
+
 # What families that change the head's logits call it in their configuration; None and 1 change
 # nothing.
 _LOGIT_CHANGES = (
@@ -138,8 +145,7 @@ def fused_linear_cross_entropy(
             f"label {int(outside[0])}: accepted are 0 to {len(head.weight) - 1}, and "
             f"{ignore_index} for what has no loss"
         )
-    summed = _method(head, hidden_ND)
-    total = summed.apply(hidden_ND, head.weight, head.bias, labels_N, kept_K)
+    total = _summed_loss(hidden_ND, head, labels_N, kept_K)
     divisor = len(kept_K) if num_items is None else num_items
     if isinstance(divisor, torch.Tensor):
         divisor = divisor.to(total.device)
@@ -239,8 +245,8 @@ class _SummedLoss(torch.autograd.Function):
         return (*scaled, None, None)
 
 
-class _OneDnnSummedLoss(torch.autograd.Function):
-    """The same for a frozen head, by oneDNN: its products want the vocabulary last."""
+class _FrozenSummedLoss(torch.autograd.Function):
+    """The same for a frozen head, by a function that makes a chunk's loss and gradient."""
 
     @staticmethod
     def forward(
@@ -250,44 +256,15 @@ class _OneDnnSummedLoss(torch.autograd.Function):
         bias_V: torch.Tensor | None,
         labels_N: torch.Tensor,
         kept_K: torch.Tensor,
-    ) -> torch.Tensor:
-        grad_hidden_ND = torch.zeros_like(hidden_ND) if ctx.needs_input_grad[0] else None
-        total = torch.zeros(())
-        for rows_C in kept_K.chunk(max(1, math.ceil(len(kept_K) / ONEDNN_CHUNK_ROWS))):
-            if not len(rows_C):
-                continue
-            logits_CV = product(hidden_ND[rows_C], weight_VD, bias_V)
-            total += _to_gradient(logits_CV, labels_N[rows_C], vocabulary=1)
-            if grad_hidden_ND is not None:
-                grad_hidden_ND[rows_C] = product(logits_CV, weight_VD.T)
-        ctx.nothing_counts = not len(kept_K)
-        ctx.save_for_backward(grad_hidden_ND)
-        return total
-
-    @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        return _frozen_backward(ctx, grad)
-
-
-class _BlockwiseSummedLoss(torch.autograd.Function):
-    """The same for a frozen float32 head on a CPU, a block of the vocabulary at a time."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        hidden_ND: torch.Tensor,
-        weight_VD: torch.Tensor,
-        bias_V: torch.Tensor | None,
-        labels_N: torch.Tensor,
-        kept_K: torch.Tensor,
+        of_chunk: _OfChunk,
+        chunk_rows: int,
     ) -> torch.Tensor:
         grad_hidden_ND = torch.zeros_like(hidden_ND)
         total = torch.zeros(())
-        for rows_C in kept_K.chunk(max(1, math.ceil(len(kept_K) / CHUNK_ROWS))):
+        for rows_C in kept_K.chunk(max(1, math.ceil(len(kept_K) / chunk_rows))):
             if not len(rows_C):
                 continue
-            loss, grad_CD = _blockwise(hidden_ND[rows_C], weight_VD, bias_V, labels_N[rows_C])
+            loss, grad_CD = of_chunk(hidden_ND[rows_C], weight_VD, bias_V, labels_N[rows_C])
             total += loss
             grad_hidden_ND[rows_C] = grad_CD
         ctx.nothing_counts = not len(kept_K)
@@ -297,14 +274,22 @@ class _BlockwiseSummedLoss(torch.autograd.Function):
     @staticmethod
     @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        return _frozen_backward(ctx, grad)
+        (grad_hidden_ND,) = ctx.saved_tensors
+        if ctx.nothing_counts:
+            grad = torch.zeros_like(grad)
+        return grad_hidden_ND * grad, None, None, None, None, None, None
 
 
-def _frozen_backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-    (grad_hidden_ND,) = ctx.saved_tensors
-    if ctx.nothing_counts:
-        grad = torch.zeros_like(grad)
-    return None if grad_hidden_ND is None else grad_hidden_ND * grad, None, None, None, None
+def _by_onednn(
+    hidden_CD: torch.Tensor,
+    weight_VD: torch.Tensor,
+    bias_V: torch.Tensor | None,
+    labels_C: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What :func:`_blockwise` gives, by oneDNN: its products want the vocabulary whole and last."""
+    logits_CV = product(hidden_CD, weight_VD, bias_V)
+    loss = _to_gradient(logits_CV, labels_C, vocabulary=1)
+    return loss, product(logits_CV, weight_VD.T)
 
 
 def _blockwise(
@@ -341,14 +326,18 @@ def _blockwise(
     return loss, weighted_CD.div_(sum_C[:, None]).sub_(weight_VD[labels_C])
 
 
-def _method(head: nn.Linear, hidden_ND: torch.Tensor) -> Any:
-    if isinstance(head, OneDnnLinear) and applies(hidden_ND, head.weight, head.bias):
-        return _OneDnnSummedLoss
+def _summed_loss(
+    hidden_ND: torch.Tensor, head: nn.Linear, labels_N: torch.Tensor, kept_K: torch.Tensor
+) -> Any:
+    """By the way that is fastest for a head."""
+    given = (hidden_ND, head.weight, head.bias, labels_N, kept_K)
     trained = head.weight.requires_grad or (head.bias is not None and head.bias.requires_grad)
     in_float32 = hidden_ND.dtype == head.weight.dtype == torch.float32
-    if in_float32 and hidden_ND.device.type == "cpu" and hidden_ND.requires_grad and not trained:
-        return _BlockwiseSummedLoss
-    return _SummedLoss
+    if trained or not in_float32 or hidden_ND.device.type != "cpu" or not hidden_ND.requires_grad:
+        return _SummedLoss.apply(*given)
+    if isinstance(head, OneDnnLinear) and applies(hidden_ND, head.weight, head.bias):
+        return _FrozenSummedLoss.apply(*given, _by_onednn, ONEDNN_CHUNK_ROWS)
+    return _FrozenSummedLoss.apply(*given, _blockwise, CHUNK_ROWS)
 
 
 def _logits(

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import atexit
 import multiprocessing
-import multiprocessing.util
+import multiprocessing.util  # registers its own end, which is to come after ours
 import os
 import signal
 import subprocess
