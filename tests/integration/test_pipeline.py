@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from peft import AdaLoraConfig, LoraConfig
+from peft import AdaLoraConfig, LoraConfig, PeftModel, PrefixTuningConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
 from client_service import SplitModelForCausalLM
@@ -19,6 +19,7 @@ from shared.adapters.wrap import wrap
 from shared.errors import InvalidInputError, ReusedRequestError
 from tests.conftest import Daemon
 from tests.models import VOCAB, tiny_model
+from tests.patience import PATIENCE_S
 
 Start = Callable[..., Daemon]
 
@@ -105,6 +106,89 @@ def test_micro_batches_are_the_whole_batch(method: str, trunkd: Start, tiny_gpt2
     split.remote_trunk.close()
 
 
+@pytest.mark.parametrize("in_flight", [1, 2])
+@pytest.mark.parametrize("projection", [False, True], ids=["prefix", "projected prefix"])
+def test_what_both_ends_share_is_gone_back_through_for_both(
+    projection: bool, in_flight: int, trunkd: Start, tiny_gpt2: Path, tmp_path: Path
+) -> None:
+    """One prefix makes the keys and values of the blocks above and below the trunk."""
+    daemon = trunkd("--model", str(tiny_gpt2), "--split", "1:3")
+    torch.manual_seed(0)
+    config = PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
+    whole: Any = get_peft_model(AutoModelForCausalLM.from_pretrained(tiny_gpt2), config)
+    whole.save_pretrained(tmp_path / "fresh")
+    losses = dict[str, list[float]]()
+    settings: dict[str, Any] = {"adapter": tmp_path / "fresh"}
+    if projection:  # the trunk gives what its encoder makes: there is no adapter to begin with
+        config = PrefixTuningConfig(
+            task_type="CAUSAL_LM", num_virtual_tokens=3, prefix_projection=True
+        )
+        settings = {"peft_config": config}
+    for side in ("one by one", "accumulated"):
+        model: Any = SplitModelForCausalLM.from_pretrained(tiny_gpt2, daemon.address, **settings)
+        losses[side] = stepped(model.train(), in_flight if side == "accumulated" else 0)
+        model.save_pretrained(tmp_path / side)
+        model.remote_trunk.close()
+    assert losses["accumulated"] == pytest.approx(losses["one by one"], abs=1e-5)
+    if not projection:
+        assert losses["accumulated"] == pytest.approx(stepped(whole.train(), 0), abs=1e-5)
+    first, second = (
+        PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_gpt2), tmp_path / side)
+        for side in losses
+    )
+    trained = dict(first.named_parameters())["prompt_encoder.default.embedding.weight"]
+    other = dict(second.named_parameters())["prompt_encoder.default.embedding.weight"]
+    torch.testing.assert_close(trained, other, atol=1e-4, rtol=0)
+
+
+def stepped(model: Any, in_flight: int) -> list[float]:
+    """The losses of three steps; 0 in flight is an ordinary loop over ordinary backwards."""
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=5e-2)
+    losses = []
+    for step in range(3):
+        pieces = cut_batch(batch(step), 3)
+        if in_flight:
+            losses.append(accumulate(model, pieces, in_flight))
+        else:
+            counts = [int((p["labels"][:, 1:] != -100).sum()) for p in pieces]
+            total = 0.0
+            for piece, count in zip(pieces, counts, strict=True):
+                loss = model_loss(model, piece) * (count / sum(counts))
+                loss.backward()
+                total += float(loss.detach())
+            losses.append(total)
+        optimizer.step()
+        optimizer.zero_grad()
+    return losses
+
+
+def test_a_loss_may_read_what_is_below_the_trunk(trunkd: Start, tiny_gpt2: Path) -> None:
+    daemon = trunkd("--model", str(tiny_gpt2), "--split", "1:3")
+
+    def gradients(in_flight: int) -> dict[str, torch.Tensor]:
+        split: Any = SplitModelForCausalLM.from_pretrained(
+            tiny_gpt2, daemon.address, peft_config=lora(init_lora_weights=False)
+        )
+
+        def loss_of(model: Any, piece: Any) -> torch.Tensor:
+            out = model(**piece, use_cache=False, output_hidden_states=True)
+            return out.loss + out.hidden_states[1].square().mean()  # type: ignore[no-any-return]
+
+        piece = cut_batch(batch(0), 1)
+        if in_flight:
+            accumulate(split.train(), piece, in_flight, loss_of)
+        else:
+            loss_of(split.train(), piece[0]).backward()
+        found = {n: p.grad for n, p in split.named_parameters() if p.grad is not None}
+        split.remote_trunk.close()
+        return found
+
+    ordinary, accumulated = gradients(0), gradients(1)
+    assert ordinary.keys() == accumulated.keys()
+    for name, gradient in ordinary.items():
+        torch.testing.assert_close(accumulated[name], gradient, atol=1e-6, rtol=1e-5)
+
+
 def test_zeroed_gradients_are_dropped_once(trunkd: Start, tiny_gpt2: Path) -> None:
     """All micro-batches but the first would see the proxy without a gradient, too."""
     daemon = trunkd("--model", str(tiny_gpt2), "--split", "1:3")
@@ -122,24 +206,36 @@ def test_zeroed_gradients_are_dropped_once(trunkd: Start, tiny_gpt2: Path) -> No
     split.remote_trunk.close()
 
 
-def test_a_failure_ends_all_and_leaves_the_session_usable(trunkd: Start, tiny_gpt2: Path) -> None:
+def test_a_failure_ends_all_and_leaves_the_session_usable(
+    trunkd: Start, tiny_gpt2: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     daemon = trunkd("--model", str(tiny_gpt2), "--split", "1:3")
     split: Any = SplitModelForCausalLM.from_pretrained(
         tiny_gpt2, daemon.address, peft_config=lora()
     )
     split.train()
-    calls: list[str] = []
+    calls, begun = 0, set[tuple[str, int]]()
+    take, pause = Turns.take, threading.Event()
+
+    def noted(turns: Turns, micro: int) -> None:
+        begun.add((threading.current_thread().name, micro))
+        take(turns, micro)
 
     def failing(model: Any, piece: Any) -> torch.Tensor:
+        nonlocal calls
+        while len(begun) < 3:  # who has the turn waits for the others to have begun
+            pause.wait(0.01)
         loss = model_loss(model, piece)
-        calls.append(threading.current_thread().name)
-        if len(calls) == 2:
+        calls += 1
+        if calls == 2:
             raise ReusedRequestError("on purpose")
         return loss
 
-    with pytest.raises(ReusedRequestError, match="on purpose"):
-        accumulate(split, cut_batch(batch(0), 6), 3, failing)
-    assert len(set(calls)) == 2, "the micro-batches did not run in threads of their own"
+    with monkeypatch.context() as patched:
+        patched.setattr(Turns, "take", noted)
+        with pytest.raises(ReusedRequestError, match="on purpose"):
+            accumulate(split, cut_batch(batch(0), 6), 3, failing)
+    assert len({name for name, _ in begun}) == 3, "not in threads of their own"
     assert not [t.name for t in threading.enumerate() if t.name.startswith("micro-batch")]
     split.zero_grad()
     accumulate(split, cut_batch(batch(0), 3), 3)
@@ -179,10 +275,13 @@ def test_every_stage_is_passed_in_order() -> None:
 
     thread = threading.Thread(target=second)
     thread.start()
+    pause = threading.Event()
+    while 1 not in turns._wanting:
+        pause.wait(0.01)
     turns.take(0)
     order.append(0)
     turns.give(0, finished=True)
-    thread.join(10)
+    thread.join(PATIENCE_S)
     assert order == [0, 1]
 
 
