@@ -30,9 +30,9 @@ def lora(**changes: Any) -> LoraConfig:
     return LoraConfig(task_type="CAUSAL_LM", **settings | changes)
 
 
-def load(family: str, folder: Path, **changes: Any) -> Trunk:
+def load(family: str, folder: Path, dtype: torch.dtype = torch.float32, **changes: Any) -> Trunk:
     save_tiny_model(family, folder, **changes)
-    return Trunk.load(folder, SplitRange(2, 4), torch.device("cpu"), torch.float32)
+    return Trunk.load(folder, SplitRange(2, 4), torch.device("cpu"), dtype)
 
 
 class Host:
@@ -91,9 +91,9 @@ class Stream:
         self.session.caches.drop("alone")
         return [numbers(self.session.forward(self.ask(n, "alone"))) for n in range(count + 1)]
 
-    def begin(self) -> None:
+    def begin(self) -> torch.Tensor:
         self.session.caches.drop(self.cache_id)
-        self.session.forward(self.ask(0, self.cache_id))
+        return numbers(self.session.forward(self.ask(0, self.cache_id)))
 
 
 def numbers(answer: Any) -> torch.Tensor:

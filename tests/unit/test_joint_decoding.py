@@ -3,6 +3,7 @@ what the test says."""
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,18 +16,15 @@ from shared.errors import ResourceExhaustedError, TensorError
 from shared.models.families import family_of
 from shared.wire.formats import WireFormat
 from tests.unit.decoding_streams import LIMITS, WIDTH, Host, Stream, load, lora, numbers
-from trunk_service.joint_decoding import Outcome
 from trunk_service.mixed_adapters import MixedAdapters
 from trunk_service.requests import CacheEdit
 from trunk_service.trunk import Trunk
 
-FAMILIES = ("gpt2", "llama", "qwen2", "gpt_neox")
 TOLERANCE = 1e-5
-
-
-@pytest.fixture(scope="module", params=FAMILIES)
-def trunk(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Trunk:
-    return load(request.param, tmp_path_factory.mktemp("model"))
+"""Of up to 16 tokens of any family: float32's rounding, on every processor."""
+LONG_TOLERANCE = {"gpt2": 2e-5, "llama": 1e-4, "qwen2": 1e-4, "gpt_neox": 2e-5}
+"""Of 70 tokens, against float64; a token computed alone is no closer to it. At the most, 2.9e-6,
+1.6e-5, 3.4e-5 and 1.8e-6 were seen over `make test-cpus`."""
 
 
 @pytest.fixture(scope="module")
@@ -34,27 +32,35 @@ def gpt2(tmp_path_factory: pytest.TempPathFactory) -> Trunk:
     return load("gpt2", tmp_path_factory.mktemp("model"))
 
 
-def difference(outcome: Outcome, expected: torch.Tensor) -> float:
+def difference(found: torch.Tensor, expected: torch.Tensor) -> float:
     """The largest one, in parts of the largest number where that is more than 1."""
-    return float((numbers(outcome.give()) - expected).abs().max() / max(1, expected.abs().max()))
+    return float((found - expected).abs().max() / max(1, expected.abs().max()))
+
+
+def together(
+    host: Host, streams: list[Stream], count: int, joint: int | None = None
+) -> list[list[torch.Tensor]]:
+    """What every stream is answered, its prompt first; ``joint`` of them are computed as one."""
+    found = [[stream.begin()] for stream in streams]
+    for number in range(1, count + 1):
+        outcomes = host.together(*((s.session, s.ask(number, s.cache_id)) for s in streams))
+        assert sum(o.joint for o in outcomes) == (len(streams) if joint is None else joint)
+        for answers, outcome in zip(found, outcomes, strict=True):
+            answers.append(numbers(outcome.give()))
+    return found
 
 
 def check(host: Host, streams: list[Stream], count: int, joint: int | None = None) -> None:
-    """Generates together and alone; ``joint`` of the streams are computed as one."""
+    """Generates up to 16 tokens together and alone."""
     expected = [stream.alone(count) for stream in streams]
-    for stream in streams:
-        stream.begin()
-    for number in range(1, count + 1):
-        asked = [(s.session, s.ask(number, s.cache_id)) for s in streams]
-        outcomes = host.together(*asked)
-        assert sum(o.joint for o in outcomes) == (len(streams) if joint is None else joint)
-        for outcome, wanted in zip(outcomes, expected, strict=True):
-            assert difference(outcome, wanted[number]) <= TOLERANCE
+    found = together(host, streams, count, joint)
+    for ours, wanted in zip(found, expected, strict=True):
+        assert max(map(difference, ours, wanted)) <= TOLERANCE
 
 
-def test_rows_of_other_lengths_paddings_and_adapters_equal_each_alone(trunk: Trunk) -> None:
-    host = Host(trunk)
-    layers = list(family_of(trunk.info.model_type).linear_layers)
+def various_streams(host: Host) -> list[Stream]:
+    """Rows of other lengths, paddings and adapters."""
+    layers = list(family_of(host.trunk.info.model_type).linear_layers)
     own = [
         lora(),
         lora(r=2, use_rslora=True, lora_dropout=0.5),
@@ -64,8 +70,25 @@ def test_rows_of_other_lengths_paddings_and_adapters_equal_each_alone(trunk: Tru
         Stream(host.open(config, seed), prompt=5 + 9 * seed, seed=seed)
         for seed, config in enumerate([*own, None])
     ]
-    streams.append(Stream(host.open(lora(), 8), rows=3, prompt=11, padded=4, seed=8))
-    check(host, streams, 70)
+    return [*streams, Stream(host.open(lora(), 8), rows=3, prompt=11, padded=4, seed=8)]
+
+
+@pytest.mark.parametrize("family", LONG_TOLERANCE)
+def test_together_and_alone_are_both_rounding_away_from_float64(
+    family: str, tmp_path: Path
+) -> None:
+    exact, host = (
+        Host(load(family, tmp_path / str(dtype), dtype)) for dtype in (torch.float64, torch.float32)
+    )
+    expected = [stream.alone(70) for stream in various_streams(exact)]
+    streams = various_streams(host)
+    alone = [stream.alone(70) for stream in streams]
+    found = together(host, streams, 70)
+    for tolerance, count in ((TOLERANCE, 16), (LONG_TOLERANCE[family], 70)):
+        for number, stream in itertools.product(range(1, count + 1), range(len(streams))):
+            wanted = expected[stream][number]
+            assert difference(found[stream][number], wanted) <= tolerance
+            assert difference(alone[stream][number], wanted) <= tolerance
 
 
 def test_what_was_padded_is_never_seen(gpt2: Trunk) -> None:
@@ -87,7 +110,7 @@ def test_groups_that_change_equal_each_alone(gpt2: Trunk) -> None:
             at[which] += 1
         outcomes = host.together(*((streams[i].session, streams[i].ask(at[i], "c")) for i in group))
         for which, outcome in zip(group, outcomes, strict=True):
-            assert difference(outcome, expected[which][at[which]]) <= TOLERANCE
+            assert difference(numbers(outcome.give()), expected[which][at[which]]) <= TOLERANCE
 
 
 def test_edits_of_a_cache_come_before_the_token(gpt2: Trunk) -> None:
@@ -133,8 +156,8 @@ def test_one_refusal_is_that_requests_own(gpt2: Trunk) -> None:
     first, wrong, last = host.together(*asked)
     with pytest.raises(TensorError, match="attention_mask"):
         wrong.give()
-    assert difference(first, expected[0][1]) <= TOLERANCE
-    assert difference(last, expected[2][1]) <= TOLERANCE
+    assert difference(numbers(first.give()), expected[0][1]) <= TOLERANCE
+    assert difference(numbers(last.give()), expected[2][1]) <= TOLERANCE
     streams[1].tokens -= 1
     again = host.together((streams[1].session, streams[1].ask(1, "c")))
     assert torch.equal(numbers(again[0].give()), expected[1][1])
