@@ -5,10 +5,10 @@ BIN := .venv/bin
 READY := .venv/.ready
 PARTS := shared trunk_service client_service
 
-demo test test-slow test-gpu bench parity chaos fuzz: export OMP_WAIT_POLICY = PASSIVE
+demo test test-cpus test-slow test-gpu bench parity chaos fuzz: export OMP_WAIT_POLICY = PASSIVE
 
 .DEFAULT_GOAL := help
-.PHONY: help setup smollm2 demo test test-slow test-gpu chaos fuzz lint types proto proto-check bench parity up down
+.PHONY: help setup smollm2 demo test test-cpus test-slow test-gpu chaos fuzz lint types proto proto-check bench parity up down
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -28,6 +28,9 @@ demo: $(READY) ## fine-tune the bundled model through a trunk, into runs/demo
 
 test: $(READY) ## run the tests that are not slow
 	$(BIN)/pytest -m "not slow and not gpu"
+
+test-cpus: $(READY) ## run the numeric tests with the kernels that other processors get
+	scripts/test_cpus.sh $(BIN)/pytest
 
 test-slow: $(READY) smollm2 ## run the slow tests
 	$(BIN)/pytest -m "slow and not gpu"

@@ -18,6 +18,8 @@ from shared.models import family_of
 from tests.conftest import Daemon
 from tests.models import VOCAB, save_tiny_model
 
+pytestmark = pytest.mark.numeric
+
 Start = Callable[..., Daemon]
 
 CASES = [

@@ -18,6 +18,8 @@ from tests.conftest import Daemon
 from tests.integration.test_equivalence import lora, padded_batches
 from tests.models import save_tiny_model
 
+pytestmark = pytest.mark.numeric
+
 Start = Callable[..., Daemon]
 
 CONFIGS: dict[str, PeftConfig | None] = {

@@ -30,6 +30,8 @@ from shared.models.split_layout import write_split_layout
 from tests.conftest import Daemon
 from tests.models import VOCAB, save_tiny_model, tiny_model
 
+pytestmark = pytest.mark.numeric
+
 IDS = torch.randint(3, VOCAB, (3, 17), generator=torch.Generator().manual_seed(0))
 MASK = torch.ones_like(IDS)
 MASK[0, :5] = 0

@@ -20,6 +20,8 @@ from client_service.split_ends import split_class
 from shared.errors import InvalidInputError
 from tests.models import OF_FAMILY, VOCAB, tiny_model
 
+pytestmark = pytest.mark.numeric
+
 
 def fused(family: str) -> tuple[Any, Any]:
     """The tiny model as a client's class makes it, but whole; and the family's own."""

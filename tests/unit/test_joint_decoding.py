@@ -20,6 +20,8 @@ from trunk_service.mixed_adapters import MixedAdapters
 from trunk_service.requests import CacheEdit
 from trunk_service.trunk import Trunk
 
+pytestmark = pytest.mark.numeric
+
 TOLERANCE = 1e-5
 """Of up to 16 tokens of any family: float32's rounding, on every processor."""
 LONG_TOLERANCE = {"gpt2": 2e-5, "llama": 1e-4, "qwen2": 1e-4, "gpt_neox": 2e-5}

@@ -16,6 +16,8 @@ from trunk_service.requests import BackwardRequest, ForwardRequest, StepRequest
 from trunk_service.session import TenantSession
 from trunk_service.trunk import Trunk
 
+pytestmark = pytest.mark.numeric
+
 
 @pytest.fixture(scope="module")
 def gpt2(tmp_path_factory: pytest.TempPathFactory) -> Trunk:

@@ -18,6 +18,8 @@ from shared.models import onednn
 from shared.models.onednn import use_onednn
 from tests.models import VOCAB, tiny_model
 
+pytestmark = pytest.mark.numeric
+
 CPU = torch.device("cpu")
 
 

@@ -24,6 +24,8 @@ from trunk_service.requests import (
 from trunk_service.session import TenantSession
 from trunk_service.trunk import Trunk
 
+pytestmark = pytest.mark.numeric
+
 
 def by_transformers(stream: Stream, count: int) -> list[torch.Tensor]:
     """The same tokens through the session's own model with a ``DynamicCache``."""

@@ -29,6 +29,8 @@ from shared.models.quantization import (
 from shared.models.stand_ins import GlobalLayers
 from tests.models import VOCAB, save_tiny_model, tiny_model
 
+pytestmark = pytest.mark.numeric
+
 bnb = pytest.importorskip("bitsandbytes")
 
 IDS = torch.randint(3, VOCAB, (3, 17), generator=torch.Generator().manual_seed(0))

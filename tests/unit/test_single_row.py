@@ -21,6 +21,8 @@ from shared.models.onednn import OneDnnLinear, can_use_onednn, use_onednn
 from shared.models.single_row import SpreadConv1D, SpreadLinear, spread_single_rows
 from tests.models import tiny_model
 
+pytestmark = pytest.mark.numeric
+
 
 @pytest.fixture(autouse=True)
 def two_threads() -> Iterator[None]:

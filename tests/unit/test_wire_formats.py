@@ -11,6 +11,8 @@ from shared.wire.dtypes import from_format, to_format
 from shared.wire.formats import BLOCK, Int8Blocks, Packed, WireFormat, block_bytes, pack, unpack
 from shared.wire.messages import Inbox, to_frames
 
+pytestmark = pytest.mark.numeric
+
 
 def blocks(tensor: torch.Tensor) -> Int8Blocks:
     packed = pack(tensor, WireFormat.INT8)
