@@ -111,7 +111,9 @@ class TrunkServer:
 
     @property
     def _quiet(self) -> bool:
-        return self._registry.scheduler.idle and not self._registry.holds_state
+        # What was computed is done for its client only once the answer is on its way.
+        computing = not self._registry.scheduler.idle or self._servicer.answering
+        return not computing and not self._registry.holds_state
 
     async def _reap(self) -> None:
         while True:

@@ -91,6 +91,11 @@ class TrunkServicer:
             self._streams.pop(stream, None)
             self._endings.pop(stream, None)
 
+    @property
+    def answering(self) -> bool:
+        """True until every stream has written the answers of the requests that it has read."""
+        return any(stream.answering for stream in self._streams)
+
     def end_expired(self) -> None:
         """Ends the streams whose sessions were silent for too long."""
         lease_s = self._registry.limits.session_lease_s

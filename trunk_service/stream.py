@@ -112,6 +112,11 @@ class SessionStream:
             return False  # what it waits for is not its silence
         return self._session in self._registry.expired()
 
+    @property
+    def answering(self) -> bool:
+        """True until the answers of all requests that were read have been written."""
+        return bool(self._tasks)
+
     def give_up(self) -> None:
         """Leaves the session to another connection, at once."""
         self._session = None
