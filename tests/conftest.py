@@ -15,20 +15,35 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import hypothesis
 import pytest
 import torch
 
+import client_service.link
 from tests.forked import ForkedDaemon
 from tests.models import save_tiny_model
+from tests.patience import PATIENCE_S
 
 torch.set_num_threads(2)
 
 MAX_ALIVE = 5
 
+# A machine that is busy for a moment is no failure.
+hypothesis.settings.register_profile(
+    "any machine", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
+)
+hypothesis.settings.load_profile("any machine")
+
 
 def pytest_configure(config: pytest.Config) -> None:
     # PEFT asks transformers by an old name; theirs to mend.
     config.addinivalue_line("filterwarnings", "ignore:`is_gradient_checkpointing`:FutureWarning")
+
+
+@pytest.fixture(autouse=True)
+def patient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A daemon of ours that lives answers: clients of this process wait however long it takes."""
+    monkeypatch.setattr(client_service.link, "CONNECT_TIMEOUT_S", PATIENCE_S)
 
 
 @pytest.fixture(autouse=True)
@@ -102,7 +117,7 @@ def trunkd(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., D
     for daemon in alive.values():
         daemon.process.terminate()
     # A test may have ended its daemon itself; none may have crashed.
-    assert [d.process.wait(timeout=60) for d in started] == [0] * len(started)
+    assert [d.process.wait(timeout=PATIENCE_S) for d in started] == [0] * len(started)
 
 
 @pytest.fixture(scope="session")

@@ -7,6 +7,7 @@ the experiment is broken: a search that finds nothing anywhere shows nothing.
 
 from __future__ import annotations
 
+import os
 import random
 import signal
 import tempfile
@@ -18,10 +19,11 @@ from transformers import AutoTokenizer
 
 from tests.chaos.needles import SMALLEST_ID, Needles, readable_memory, search
 from tests.chaos.options import Options
-from tests.chaos.processes import START_TIMEOUT_S, Training, Trunk, free_port, wait_until
+from tests.chaos.processes import Training, Trunk, wait_until
 from tests.chaos.relay import Relay
 from tests.chaos.report import Report
 from tests.chaos.stage import Stage
+from tests.patience import PATIENCE_S
 
 _ALPHABET = "ABCDEFGHJKLMNPQRSTUVWXYZ23456789"
 _CHARACTERS, _WORDS = 40, 16
@@ -39,33 +41,35 @@ def run(stage: Stage, options: Options, report: Report) -> None:
     own = stage.folder / "trunk_files"
     own.mkdir()
     before = _files_of(Path(tempfile.gettempdir()))
-    metrics = f"127.0.0.1:{free_port()}"
     trunk = Trunk(
         stage,
         "trunk",
         "--log-level",
         "debug",
         "--metrics",
-        metrics,
+        "127.0.0.1:0",
         environment={"TMPDIR": str(own), "HOME": str(own)},
     )
     child = trunk.running()
     relay = Relay(trunk.address, record=True)
     stage.exits.callback(relay.close)
     training = Training(stage, "canary", relay.address, steps, checkpoint_every=10, text=text)
+    training.gate.close_after(steps // 2 + 10)  # it may not be over before it is looked at
     client = training.start()
-    wait_until(training.past(steps // 2), [client, child], START_TIMEOUT_S, "half of the run")
+    wait_until(training.past(steps // 2), [client, child], PATIENCE_S, "half of the run")
     client.send(signal.SIGSTOP)
     # While it is in the middle of a step, on both sides.
     memories = list(_memory("trunk's memory", child.pid))
     where_it_is = search(needles, _memory("client's memory", client.pid))
+    training.gate.open()
     client.send(signal.SIGCONT)
-    training.finish(START_TIMEOUT_S)
-    with urllib.request.urlopen(f"http://{metrics}/metrics", timeout=10) as answer:
+    training.finish(PATIENCE_S)
+    metrics = f"http://{trunk.metrics_address}/metrics"
+    with urllib.request.urlopen(metrics, timeout=PATIENCE_S) as answer:
         shown = answer.read()
     memories += _memory("trunk's memory afterwards", child.pid)
     child.send(signal.SIGTERM)
-    child.wait(START_TIMEOUT_S, "the trunk")
+    child.wait(PATIENCE_S, "the trunk")
 
     new = _files_of(Path(tempfile.gettempdir())) - before
     ours = stage.folder.resolve()
@@ -74,7 +78,7 @@ def run(stage: Stage, options: Options, report: Report) -> None:
         *(("wire", stream) for stream in relay.recorded),
         ("log", trunk.log.read_bytes()),
         ("metrics", shown),
-        *((str(path), path.read_bytes()) for path in written if path.is_file()),
+        *((str(path), _read(path)) for path in written if path.is_file()),
     ]
     found = search(needles, [*places, *memories])
     report.note(
@@ -119,7 +123,12 @@ def _memory(name: str, pid: int) -> Iterator[tuple[str, bytes]]:
 
 
 def _files_of(folder: Path) -> set[Path]:
-    found = set()
-    for path in folder.rglob("*"):
-        found.add(path)
-    return found
+    """All that is there; what others remove meanwhile is not."""
+    return {Path(place) / name for place, _, names in os.walk(folder) for name in names}
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except FileNotFoundError:
+        return b""  # others' work in the same folder

@@ -1,8 +1,9 @@
 """Clients that open a session, send a forward and die; the trunk ends up as it was.
 
-The trunk is looked at when it is quiet: all sessions freed, its resident memory the same for some
-seconds. It was warmed by as many dying clients as the first look says; the last look is compared
-with that one, since an allocator and gRPC's own pools need some load to reach their working size.
+The trunk is looked at when it is quiet: all sessions freed, memory given back since anything was
+computed, and the same for some seconds. It was warmed by as many dying clients as the first look
+says; the last look is compared with that one, since an allocator and gRPC's own pools need some
+load to reach their working size.
 """
 
 from __future__ import annotations
@@ -20,18 +21,18 @@ import psutil
 
 from shared.pb.trunkline.v1 import trunk_pb2 as pb
 from tests.chaos.options import Options
-from tests.chaos.processes import START_TIMEOUT_S, Child, Trunk, free_port, wait_until
+from tests.chaos.processes import Child, Trunk, wait_until
 from tests.chaos.raw import RawSession
 from tests.chaos.relay import Relay
 from tests.chaos.report import BrokenError, Report
 from tests.chaos.stage import Stage
+from tests.patience import PATIENCE_S
 
 RESUME_WINDOW_S = 1
 MEMORY_BOUND = 0.02
 # The last session's object, with its last answer, hangs on what is only replaced by the next: the
 # compute thread's last task and the list of sessions being opened.
 _LAST_SESSIONS = 2
-_QUIET_TIMEOUT_S = 60.0
 _RETURN_AFTER_S, _UNCHANGED_S = "1", 4.0
 
 
@@ -53,7 +54,7 @@ def run(stage: Stage, options: Options, report: Report) -> None:
     cycles = options.cycles or (300 if options.short else 2000)
     warming = max(100, cycles // 10)
     killed = 2 if options.short else 20
-    counts, metrics = stage.folder / "counts.json", f"127.0.0.1:{free_port()}"
+    counts = stage.folder / "counts.json"
     trunk = Trunk(
         stage,
         "trunk",
@@ -62,14 +63,14 @@ def run(stage: Stage, options: Options, report: Report) -> None:
         "--return-memory-after-s",
         _RETURN_AFTER_S,
         "--metrics",
-        metrics,
+        "127.0.0.1:0",
         module="tests.chaos.counted_trunk",
         environment={"CHAOS_COUNTS": str(counts)},
     )
     child = trunk.running()
     relay = Relay(trunk.address)
     stage.exits.callback(relay.close)
-    watch = Watch(child, counts, metrics)
+    watch = Watch(child, counts, f"http://{trunk.metrics_address}/metrics")
     first = watch.look()
     _die(relay, warming)
     warm = watch.look()
@@ -129,20 +130,21 @@ class Watch:
         """
         sessions = partial(self._gauge, "trunkline_sessions")
         try:
-            wait_until(lambda: not sessions(), [self._child], _QUIET_TIMEOUT_S, "freeing", False)
+            wait_until(lambda: not sessions(), [self._child], PATIENCE_S, "freeing", False)
         except BrokenError as error:
             raise BrokenError(f"{sessions()} sessions of dead clients are left: {error}") from error
-        last, since = self._resident, time.monotonic()
+        wait_until(lambda: bool(self._count()["at_rest"]), [self._child], PATIENCE_S, "rest")
+        last, since = self._resources, time.monotonic()
 
         def settled() -> bool:
             nonlocal last, since
-            now = self._resident
+            now = self._resources
             if now != last:
                 last, since = now, time.monotonic()
             return time.monotonic() - since > _UNCHANGED_S
 
-        wait_until(settled, [self._child], _QUIET_TIMEOUT_S, "memory that settles")
-        descriptors = self._process.num_fds()  # before what follows opens a connection and a file
+        wait_until(settled, [self._child], PATIENCE_S, "memory that settles")
+        resident, descriptors = last  # before what follows opens a connection and a file
         counted = self._count()
         return Look(
             sessions=self._gauge("trunkline_sessions"),
@@ -150,16 +152,16 @@ class Watch:
             session_objects=counted["sessions"],
             tensors=counted["tensors"],
             descriptors=descriptors,
-            resident_bytes=last,
+            resident_bytes=resident,
         )
 
     @property
-    def _resident(self) -> int:
-        return int(self._process.memory_info().rss)
+    def _resources(self) -> tuple[int, int]:
+        return int(self._process.memory_info().rss), self._process.num_fds()
 
     def _gauge(self, name: str) -> int:
         """The sum of a gauge over its labels."""
-        with urllib.request.urlopen(f"http://{self._metrics}/metrics", timeout=10) as answer:
+        with urllib.request.urlopen(self._metrics, timeout=PATIENCE_S) as answer:
             shown = answer.read().decode()
         lines = (line for line in shown.splitlines() if re.match(rf"{name}[ {{]", line))
         return round(sum(float(line.rpartition(" ")[2]) for line in lines))
@@ -167,7 +169,7 @@ class Watch:
     def _count(self) -> dict[str, int]:
         self._counts.unlink(missing_ok=True)
         self._child.send(signal.SIGUSR1)
-        wait_until(self._counts.exists, [self._child], _QUIET_TIMEOUT_S, "the trunk's count")
+        wait_until(self._counts.exists, [self._child], PATIENCE_S, "the trunk's count")
         counted: dict[str, int] = json.loads(self._counts.read_text(encoding="utf-8"))
         return counted
 
@@ -201,7 +203,7 @@ def _kill_processes(stage: Stage, trunk: Trunk, count: int) -> None:
             for _ in range(min(2, left))
         ]
         for child in pair:
-            status = child.wait(START_TIMEOUT_S, "a dying client")
+            status = child.wait(PATIENCE_S, "a dying client")
             if status != -signal.SIGKILL:
                 raise BrokenError(f"a dying client ended with {status}: {child.said()}")
         left -= len(pair)

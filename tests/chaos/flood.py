@@ -1,7 +1,7 @@
-"""A greedy client that holds all it forwards: ``python -m tests.chaos.flood ADDRESS TLS_FOLDER``.
+"""A greedy client that holds all it forwards: ``python -m tests.chaos.flood ADDRESS TLS GATE``.
 
-It never sends a backward, takes no notice of a refusal and asks again at once. Every so many
-answers it writes what they were.
+It goes on while the gate is open, never sends a backward, takes no notice of a refusal and asks
+again at once. Every so many answers it writes what they were.
 """
 
 from __future__ import annotations
@@ -15,16 +15,17 @@ from pathlib import Path
 
 from client_service.credentials import Credentials
 from shared.pb.trunkline.v1 import trunk_pb2 as pb
+from tests.chaos.gate import Gate
 from tests.chaos.raw import RawSession
 
 # As many as the trunk reads at once of one session, so that it never waits for this client.
 _WINDOW = 32
-_SAID_EVERY = 100
+_SAID_EVERY = 10
 # Its own computing is not what is measured: it gets what the others leave.
 _NICENESS = 19
 
 
-def flood(session: RawSession) -> None:
+def flood(session: RawSession, gate: Gate) -> None:
     counts: collections.Counter[str] = collections.Counter()
     for number in range(_WINDOW):
         session.send_held_forward(str(number))
@@ -35,6 +36,7 @@ def flood(session: RawSession) -> None:
         if number % _SAID_EVERY == 0:
             sys.stdout.write(json.dumps(counts) + "\n")
             sys.stdout.flush()
+        gate.wait(1)
         session.send_held_forward(str(number))
 
 
@@ -42,4 +44,4 @@ if __name__ == "__main__":
     os.nice(_NICENESS)
     greedy = RawSession(sys.argv[1], Credentials(Path(sys.argv[2])))
     greedy.open()
-    flood(greedy)
+    flood(greedy, Gate(Path(sys.argv[3])))

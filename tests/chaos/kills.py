@@ -2,7 +2,8 @@
 
 Recovery is counted from when both sides are back after the last kill (the trunk: its ready file is
 written; the client: its libraries are loaded) to the next line of ``metrics.jsonl``. It holds all
-that is ours: reading the checkpoint, opening, restoring, replaying, waiting between attempts.
+that is ours: reading the checkpoint, opening, restoring, replaying, waiting between attempts. The
+long form has a bound on it.
 """
 
 from __future__ import annotations
@@ -18,14 +19,14 @@ from dataclasses import dataclass
 from shared.failpoints import CLIENT_FAILPOINTS, TRUNK_FAILPOINTS
 from tests.chaos.metrics import require_same_run
 from tests.chaos.options import Options
-from tests.chaos.processes import START_TIMEOUT_S, Child, Training, Trunk
+from tests.chaos.processes import Child, Training, Trunk
 from tests.chaos.report import BrokenError, Report, percentile
 from tests.chaos.stage import Stage
+from tests.patience import PATIENCE_S
 
 CHECKPOINT_EVERY = 10
 RECOVERY_BOUND_S = 5.0
 NAMES_BOUND = 15
-_STALLED_S = 90.0
 _LOOK_S = 0.01
 
 # How often a step comes by; a place that is not here is passed once in many steps or in a life.
@@ -64,7 +65,7 @@ def run(stage: Stage, options: Options, report: Report) -> None:
     reference = Training(stage, "undisturbed", calm.address, steps)
     calm.running()
     reference.start()
-    reference.finish(START_TIMEOUT_S + steps)
+    reference.finish(PATIENCE_S + steps)
     assert calm.child is not None
     calm.child.send(signal.SIGTERM)
 
@@ -79,7 +80,7 @@ def run(stage: Stage, options: Options, report: Report) -> None:
     if not options.short:
         report.require(len(driver.killed) >= NAMES_BOUND, f"fewer than {NAMES_BOUND} failpoints")
     slowest = max(driver.recoveries, default=0.0)
-    report.require(
+    report.require_in_time(
         slowest <= RECOVERY_BOUND_S,
         f"a recovery took {slowest:.2f} s, more than {RECOVERY_BOUND_S:g} s",
     )
@@ -134,9 +135,9 @@ class Driver:
                 if side is client and status == 0:
                     return
                 self._died(side, status)
-            if time.monotonic() - self._moved_at > _STALLED_S:
+            if time.monotonic() - self._moved_at > PATIENCE_S:
                 stacks = "\n".join(side.child.stacks() for side in self._sides)
-                raise BrokenError(f"nothing was written for {_STALLED_S:g} s: {stacks}")
+                raise BrokenError(f"nothing was written for {PATIENCE_S:g} s: {stacks}")
 
     def note(self, report: Report) -> None:
         by_side = {s.name: sum(self.killed[f] for f in s.failpoints) for s in self._sides}
@@ -231,6 +232,12 @@ class Driver:
         # steps past the kills is a short one, or the run would end before all of them.
         if (killed + 1) / self._kills < (done + longest) / self._training.steps:
             shortest, longest = _SHORT_LIFE
+        # Each kill that is still to come has a step left to come in, whoever was how fast; the last
+        # line may not be written yet.
+        spare = self._training.steps - done - 1 - (self._kills - killed)
+        shortest, longest = min(shortest, max(1, spare)), min(longest, max(1, spare))
+        if spare < CHECKPOINT_EVERY:
+            failpoints = tuple(f for f in failpoints if f.rpartition(".")[0] in _PASSED_BY_STEP)
         name = self._chance.choice(failpoints)
         passed = _PASSED_BY_STEP.get(name.rpartition(".")[0])
         count = self._chance.randint(shortest, longest) * passed if passed else 1

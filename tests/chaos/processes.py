@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import json
 import os
-import random
 import select
 import signal
 import socket
@@ -12,15 +12,18 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from shared.failpoints import VARIABLE
+from tests.chaos.gate import VARIABLE as GATE
+from tests.chaos.gate import Gate
 from tests.chaos.metrics import MetricsTail
 from tests.chaos.report import BrokenError
 from tests.chaos.stage import BATCH, SPLIT, TOKENS, Stage
+from tests.patience import PATIENCE_S
 
 ROOT = Path(__file__).resolve().parents[2]
 
-START_TIMEOUT_S = 120.0
 # Files are looked at this often; the end of a process is noticed at once.
 _LOOK_S = 0.02
 _SAID_CHARACTERS = 4000
@@ -131,7 +134,7 @@ class Trunk:
         self._environment = environment
         self._ready = stage.folder / f"{name}.ready.json"
         self.log = stage.folder / f"{name}.log"
-        self.address = f"127.0.0.1:{free_port()}"
+        self.address = f"127.0.0.1:{reserved_port(stage)}"
         self.child: Child | None = None
 
     def start(self, failpoints: str = "") -> Child:
@@ -148,10 +151,21 @@ class Trunk:
         """Whether this life has written its ready file."""
         return self._ready.exists()
 
+    @property
+    def metrics_address(self) -> str:
+        """Where this daemon, once it serves, serves its metrics; given ``--metrics HOST:0``."""
+        return str(self.logged("metrics")[-1]["address"])
+
+    def logged(self, message: str) -> list[dict[str, Any]]:
+        """What its log says under one message, in all of its lives."""
+        lines = self.log.read_text(encoding="utf-8").splitlines()
+        entries = [json.loads(line) for line in lines if line[:1] == "{"]
+        return [entry for entry in entries if entry["message"] == message]
+
     def running(self) -> Child:
         """Starts it if need be and waits until it serves."""
         child = self.child if self.child and self.child.alive else self.start()
-        wait_until(lambda: self.serves, [child], START_TIMEOUT_S, "the trunk's start")
+        wait_until(lambda: self.serves, [child], PATIENCE_S, "the trunk's start")
         return child
 
 
@@ -182,12 +196,16 @@ class Training:
         text: Path | None = None,
         environment: dict[str, str] | None = None,
     ) -> None:
-        self._stage, self._environment = stage, environment
+        self._stage = stage
         self.out = stage.folder / name
         self.log = stage.folder / f"{name}.log"
         self.metrics = MetricsTail(self.out / "metrics.jsonl")
         self.steps = steps
         self._mark = stage.folder / f"{name}.imported"
+        gate = stage.folder / f"{name}.gate"
+        self.gate = Gate(gate)
+        """Holds it between two steps."""
+        self._environment = {GATE: str(gate), **(environment or {})}
         self._first = ["--model", str(stage.model), "--data", str(text or stage.text)]
         self._first += ["--trunk", trunk, "--steps", str(steps), "--batch-size", str(BATCH)]
         self._first += ["--seq-len", str(TOKENS), "--seed", str(seed), "--threads", "1"]
@@ -274,13 +292,11 @@ def wait_until(
     return time.monotonic() - started
 
 
-def free_port() -> int:
-    """A free port below the range that outgoing connections take theirs from."""
-    while True:
-        port = random.SystemRandom().randrange(15_000, 30_000)
-        with socket.socket() as tried:
-            try:
-                tried.bind(("127.0.0.1", port))
-            except OSError:
-                continue
-            return port
+def reserved_port(stage: Stage) -> int:
+    """A port that a daemon can listen on, life after life, and nobody else is given meanwhile."""
+    # Bound and not listening: who sets SO_REUSEADDR too, as gRPC does, may listen on it.
+    holder = stage.exits.enter_context(socket.socket())
+    holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    holder.bind(("127.0.0.1", 0))
+    port: int = holder.getsockname()[1]
+    return port

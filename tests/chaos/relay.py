@@ -34,12 +34,15 @@ class Relay:
         self.address = self._call(self._start())
 
     def freeze(self) -> None:
-        """Stops forwarding, on connections to come too; closes nothing and tells nobody."""
-        self._loop.call_soon_threadsafe(self._open.clear)
+        """Stops forwarding, on connections to come too; closes nothing and tells nobody.
+
+        Nothing more is forwarded once this has returned.
+        """
+        self._call(self._set_open(False))
 
     def thaw(self) -> None:
         """Forwards again, first what was held back."""
-        self._loop.call_soon_threadsafe(self._open.set)
+        self._call(self._set_open(True))
 
     def cut(self) -> None:
         """Resets every connection; new ones are served."""
@@ -53,6 +56,12 @@ class Relay:
 
     def _call(self, work: Coroutine[Any, Any, Any]) -> Any:
         return asyncio.run_coroutine_threadsafe(work, self._loop).result()
+
+    async def _set_open(self, is_open: bool) -> None:
+        if is_open:
+            self._open.set()
+        else:
+            self._open.clear()
 
     async def _start(self) -> str:
         self._open = asyncio.Event()

@@ -1,4 +1,7 @@
-"""The short form of every experiment; ``python -m tests.chaos all`` runs the long ones."""
+"""The short form of every experiment, which judges no times.
+
+``python -m tests.chaos all`` runs the long ones, which do.
+"""
 
 from __future__ import annotations
 
@@ -11,8 +14,11 @@ import pytest
 
 from tests.chaos.__main__ import EXPERIMENTS
 from tests.chaos.processes import ROOT
+from tests.patience import PATIENCE_S
 
-pytestmark = pytest.mark.slow
+_TIMEOUT_S = 3600.0  # of one experiment, which waits for many things
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(_TIMEOUT_S + PATIENCE_S)]
 
 
 def run(*command: str) -> Any:
@@ -21,7 +27,7 @@ def run(*command: str) -> Any:
     arguments = [sys.executable, "-m", *command]
     with subprocess.Popen(arguments, cwd=ROOT, text=True, **pipes) as experiment:
         try:
-            said, complained = experiment.communicate(timeout=170)
+            said, complained = experiment.communicate(timeout=_TIMEOUT_S)
         except subprocess.TimeoutExpired:
             experiment.terminate()  # it ends its own processes, which a kill would leave behind
             said, complained = experiment.communicate()

@@ -15,6 +15,7 @@ from tests.chaos.metrics import MetricsTail
 from tests.chaos.needles import Needles, readable_memory
 from tests.chaos.relay import Relay
 from tests.chaos.report import percentile
+from tests.patience import PATIENCE_S
 
 LETTERS, IDS = "QX7PM2ZK9WTB4", [964, 308, 1391, 747, 1297]
 
@@ -73,11 +74,15 @@ def test_a_relay_goes_silent_goes_on_and_cuts() -> None:
                 assert accepted.recv(5) == b"heard"
                 relay.freeze()
                 client.sendall(b"late")
-                accepted.settimeout(0.2)
-                with pytest.raises(TimeoutError):
+                pause = threading.Event()
+                while b"heardlate" not in map(bytes, relay.recorded):
+                    pause.wait(0.01)
+                relay.freeze()  # once more: what the relay began with those bytes has come to rest
+                accepted.setblocking(False)
+                with pytest.raises(BlockingIOError):
                     accepted.recv(4)
                 relay.thaw()
-                accepted.settimeout(10)
+                accepted.settimeout(PATIENCE_S)
                 assert accepted.recv(4) == b"late"
                 relay.cut()
                 for end in (client, accepted):

@@ -25,6 +25,7 @@ from client_service.chat import chat as talk
 from shared.bundled import model_dir
 from shared.errors import InvalidInputError
 from tests.conftest import Daemon
+from tests.patience import PATIENCE_S
 
 pytestmark = pytest.mark.e2e
 
@@ -35,7 +36,7 @@ ASKED = ["Once there was a dog.", "What did it see?"]
 def run(text: str | bytes, *arguments: str) -> subprocess.CompletedProcess[bytes]:
     piped = text.encode() if isinstance(text, str) else text
     command = [str(BIN / "trunkline"), *arguments]
-    return subprocess.run(command, input=piped, capture_output=True, timeout=170)
+    return subprocess.run(command, input=piped, capture_output=True, timeout=PATIENCE_S)
 
 
 def chat(text: str | bytes, trunk: Daemon, *arguments: str) -> tuple[str, str]:
@@ -202,17 +203,17 @@ def on_a_terminal(trunk: Daemon, *arguments: str) -> Iterator[tuple[subprocess.P
     try:
         read_until(ours, b"> ")
         yield process, ours
-        assert process.wait(timeout=60) == 0
+        assert process.wait(timeout=PATIENCE_S) == 0
     finally:
         process.kill()
         os.close(ours)
 
 
-def read_until(terminal: int, wanted: bytes, timeout_s: float = 60.0) -> bytes:
+def read_until(terminal: int, wanted: bytes) -> bytes:
     """What the terminal shows up to the wanted text; an OSError says that it was closed."""
     seen = b""
     while wanted not in seen:
-        assert select([terminal], [], [], timeout_s)[0], f"nothing more after {seen!r}"
+        assert select([terminal], [], [], PATIENCE_S)[0], f"nothing more after {seen!r}"
         seen += os.read(terminal, 4096)
     return seen
 
@@ -230,7 +231,8 @@ def test_a_terminal_is_prompted_and_ended_by_control_d(bundled_trunk: Daemon) ->
 def test_control_c_ends_a_reply_and_the_conversation(bundled_trunk: Daemon) -> None:
     with on_a_terminal(bundled_trunk, "--max-new-tokens", "250") as (process, terminal):
         os.write(terminal, b"Once there was a little dog who\n")
-        read_until(terminal, b"who")
+        read_until(terminal, b"who\r\n")  # the terminal's echo
+        read_until(terminal, b" ")  # the reply has begun
         process.send_signal(signal.SIGINT)
         try:
             said = read_until(terminal, b"Traceback")

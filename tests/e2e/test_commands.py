@@ -21,6 +21,7 @@ from client_service.session import TrunkSession
 from shared.bundled import model_dir, private_train_file
 from shared.errors import TrunkUnavailableError
 from tests.conftest import Daemon, start_daemon
+from tests.patience import PATIENCE_S
 
 pytestmark = pytest.mark.e2e
 
@@ -29,7 +30,7 @@ BIN = Path(sys.executable).parent
 
 def trunkline(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [str(BIN / "trunkline"), *arguments], capture_output=True, text=True, timeout=170
+        [str(BIN / "trunkline"), *arguments], capture_output=True, text=True, timeout=PATIENCE_S
     )
 
 
@@ -135,7 +136,9 @@ def test_a_mistake_is_named(arguments: list[str], said: str, tmp_path: Path) -> 
     ],
 )
 def test_a_daemon_that_cannot_start_says_why(flags: list[str], said: str) -> None:
-    done = subprocess.run([str(BIN / "trunkd"), *flags], capture_output=True, text=True, timeout=60)
+    done = subprocess.run(
+        [str(BIN / "trunkd"), *flags], capture_output=True, text=True, timeout=PATIENCE_S
+    )
     assert done.returncode == 2
     assert said in done.stderr and "Traceback" not in done.stderr
 
@@ -163,7 +166,7 @@ def test_a_run_with_every_way_to_be_faster(trunkd: Callable[..., Daemon], tmp_pa
 
 def bench(folder: Path) -> subprocess.CompletedProcess[str]:
     command = [str(BIN / "trunkline"), "bench", "--help"]
-    return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=170)
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=PATIENCE_S)
 
 
 @pytest.mark.slow
@@ -185,7 +188,7 @@ def test_sigterm_drains_and_exits_clean(tmp_path: Path) -> None:
         assert health.Check(request).status == health_pb2.HealthCheckResponse.SERVING
     session = TrunkSession(daemon.address, SessionTerms(), reconnect_timeout_s=0)
     daemon.process.send_signal(signal.SIGTERM)
-    assert daemon.process.wait(timeout=30) == 0
+    assert daemon.process.wait(timeout=PATIENCE_S) == 0
     with pytest.raises(TrunkUnavailableError):
         session.forward(torch.zeros(1, 2, 128), ForwardCall())
     session.close()
@@ -202,7 +205,7 @@ def test_sigterm_drains_and_exits_clean(tmp_path: Path) -> None:
 def test_a_port_serves_one_daemon(trunkd: Callable[..., Daemon]) -> None:
     taken = trunkd().address
     done = subprocess.run(
-        [str(BIN / "trunkd"), "--listen", taken], capture_output=True, text=True, timeout=60
+        [str(BIN / "trunkd"), "--listen", taken], capture_output=True, text=True, timeout=PATIENCE_S
     )
     assert done.returncode == 2 and taken in done.stderr
 
@@ -211,9 +214,11 @@ def test_a_port_serves_one_daemon(trunkd: Callable[..., Daemon]) -> None:
 def test_a_silent_session_is_freed(tmp_path: Path) -> None:
     daemon = start_daemon(tmp_path, "--session-lease-s", "0.5", forked=False)
     session = TrunkSession(daemon.address, SessionTerms(), reconnect_timeout_s=0)
-    session._link._connection._reader.join(timeout=30)  # ends when the trunk ends the stream
+    session._link._connection._reader.join(
+        timeout=PATIENCE_S
+    )  # ends when the trunk ends the stream
     with pytest.raises(TrunkUnavailableError, match="lease"):
         session.forward(torch.zeros(1, 2, 128), ForwardCall())
     session.close()
     daemon.process.terminate()
-    assert daemon.process.wait(timeout=30) == 0
+    assert daemon.process.wait(timeout=PATIENCE_S) == 0

@@ -20,6 +20,7 @@ from client_service.cli.options import load_tokenizer
 from client_service.data import read_texts, token_blocks
 from shared.bundled import model_dir, private_train_file
 from tests.conftest import Daemon
+from tests.patience import PATIENCE_S
 
 pytestmark = pytest.mark.e2e
 
@@ -32,7 +33,7 @@ def run(name: str, daemon: Daemon, out: Path, *more: str) -> str:
         [sys.executable, str(EXAMPLES / name), *arguments],
         capture_output=True,
         text=True,
-        timeout=170,
+        timeout=PATIENCE_S,
         env=os.environ | {"HF_DATASETS_CACHE": str(out / "cache")},
         cwd=out.parent,
     )

@@ -17,6 +17,7 @@ from shared.bundled import private_train_file
 from shared.failpoints import VARIABLE
 from tests.conftest import Daemon
 from tests.integration.test_checkpoints import tensor_file
+from tests.patience import PATIENCE_S
 
 pytestmark = pytest.mark.e2e
 
@@ -29,7 +30,7 @@ def trunkline(*arguments: object, failpoint: str = "") -> subprocess.CompletedPr
         [str(TRUNKLINE), *map(str, arguments)],
         capture_output=True,
         text=True,
-        timeout=170,
+        timeout=PATIENCE_S,
         env={**os.environ, VARIABLE: failpoint},
     )
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from tests.fuzz.campaign import Campaign, Report
 from tests.fuzz.script import read_scripts
 from tests.fuzz.watch import Watch, start_trunk
+from tests.patience import PATIENCE_S
 
 
 def main() -> int:
@@ -35,7 +36,7 @@ def main() -> int:
             finally:
                 watch.close()
                 daemon.process.terminate()
-                daemon.process.wait(timeout=60)
+                daemon.process.wait(timeout=PATIENCE_S)
     sys.stdout.write(json.dumps(report.as_json(), indent=2) + "\n")
     return 1 if report.faults else 0
 

@@ -13,8 +13,7 @@ from client_service.session import ForwardCall, SessionTerms, TrunkSession
 from shared.adapters.config import config_to_json
 from shared.errors import ResourceExhaustedError, TrunklineError
 from tests.fuzz.valid import HIDDEN_SIZE
-
-_REFUSED_FOR_S = 60.0
+from tests.patience import PATIENCE_S
 
 
 class Bystander:
@@ -56,7 +55,7 @@ class Bystander:
             self._check()
 
     def _check(self) -> None:
-        deadline = time.monotonic() + _REFUSED_FOR_S
+        deadline = time.monotonic() + PATIENCE_S
         while True:
             try:
                 found = self._round()
@@ -64,7 +63,7 @@ class Bystander:
             except ResourceExhaustedError as error:
                 # What all sessions of a tenant share may be spent for a moment, not for long.
                 if time.monotonic() > deadline:
-                    self.fault = f"the bystander is refused for {_REFUSED_FOR_S:g} s: {error}"
+                    self.fault = f"the bystander is refused for {PATIENCE_S:g} s: {error}"
                     return
                 time.sleep(min(1.0, error.retry_after_s or 0.1))
             except TrunklineError as error:

@@ -8,6 +8,7 @@ import threading
 import time
 from collections import Counter, deque
 from dataclasses import dataclass, field
+from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from tests.fuzz.peer import Outcome, play
 from tests.fuzz.script import Script, Stream, write_scripts
 from tests.fuzz.valid import Sequence, sequence
 from tests.fuzz.watch import Watch
+from tests.patience import PATIENCE_S
 
 _REMEMBERED = 12
 
@@ -93,7 +95,7 @@ class Report:
 
 
 class Campaign:
-    """Plays scripts on several threads until the time is over or something went wrong.
+    """Plays scripts on several threads until that is enough or something went wrong.
 
     Args:
         address: The daemon.
@@ -115,29 +117,31 @@ class Campaign:
         self._recent: deque[Script] = deque(maxlen=_REMEMBERED)
         self._kinds: Counter[str] = Counter()
         self._ended = threading.Event()
-        self._numbers = iter(range(2**62))
+        self._numbers = iter(range(0))
         self.report = Report(seed)
 
-    def run(self, seconds: float, threads: int = 2, settle_s: float = 100.0) -> Report:
-        """Fuzzes for a time."""
-        deadline = time.monotonic() + seconds
+    def run(self, seconds: float = inf, scripts: int = 2**62, threads: int = 2) -> Report:
+        """Fuzzes for a time, or with so many scripts."""
+        deadline, self._numbers = time.monotonic() + seconds, iter(range(scripts))
         workers = [threading.Thread(target=self._work, args=(deadline,)) for _ in range(threads)]
         for worker in workers:
             worker.start()
         for worker in workers:
             worker.join()
-        return self._finish(settle_s)
+        return self._finish()
 
-    def replay(self, scripts: list[Script], settle_s: float = 10.0) -> Report:
+    def replay(self, scripts: list[Script]) -> Report:
         """Plays given scripts one after the other."""
         for script in scripts:
             self._play(script)
-        return self._finish(settle_s)
+        return self._finish()
 
     def _work(self, deadline: float) -> None:
         while time.monotonic() < deadline and not self._ended.is_set():
             with self._lock:
-                number = next(self._numbers)
+                number = next(self._numbers, None)
+            if number is None:
+                return
             self._play(generate(self.report.seed, number))
 
     def _play(self, script: Script) -> None:
@@ -183,13 +187,13 @@ class Campaign:
         if not self._keep_going:
             self._ended.set()
 
-    def _finish(self, settle_s: float) -> Report:
+    def _finish(self) -> Report:
         self._bystander.close()
         for fault in self._watched():
             self._note(fault, list(self._recent))
         self.report.bystander_rounds = self._bystander.rounds
         if self._watch is not None and not self._watch.gone:
-            rss, fault = self._watch.settle(settle_s)
+            rss, fault = self._watch.settle(PATIENCE_S)
             if fault is not None:
                 self._note(fault, list(self._recent))
             watch = self._watch

@@ -13,11 +13,12 @@ from google.protobuf.message import DecodeError
 
 from shared.pb.trunkline.v1 import trunk_pb2 as pb
 from tests.fuzz.script import GET_INFO, SESSION_ID, Script, Stream
+from tests.patience import PATIENCE_S
 
-STREAM_DEADLINE_S = 20.0
-STILL_ANSWERING_S = 5.0
-"""An answer so shortly before the deadline means a stream that is slowed down, not one that hangs:
-the trunk reads a client slower that goes on sending what is over its quota."""
+BREAK_OFF_AFTER_S = 20.0
+"""A stream that is still answered then is left: the trunk reads a client slower that goes on
+sending what is over its quota. One that is not answered is waited for until it must be hanging."""
+_NO_MESSAGE_S = 2.0
 
 _TYPED = frozenset({
     "OK", "INVALID_ARGUMENT", "RESOURCE_EXHAUSTED", "UNIMPLEMENTED", "ABORTED", "OUT_OF_RANGE",
@@ -51,7 +52,7 @@ class Outcome:
     """What must not happen."""
 
 
-def play(address: str, script: Script, deadline_s: float = STREAM_DEADLINE_S) -> Outcome:
+def play(address: str, script: Script) -> Outcome:
     """Makes a script's calls one after the other, over a connection of its own."""
     outcome = Outcome()
     gzip = any(stream.gzip for stream in script.streams)
@@ -59,36 +60,40 @@ def play(address: str, script: Script, deadline_s: float = STREAM_DEADLINE_S) ->
     session_id = SESSION_ID
     with grpc.insecure_channel(address, options=_OPTIONS, compression=compression) as channel:
         for stream in script.streams:
-            session_id = _call(channel, stream, session_id, deadline_s, outcome)
+            session_id = _call(channel, stream, session_id, outcome)
     outcome.faults = [f"{script.name}: {fault}" for fault in outcome.faults]
     return outcome
 
 
-def _call(
-    channel: grpc.Channel, stream: Stream, session_id: str, deadline_s: float, outcome: Outcome
-) -> str:
+def _call(channel: grpc.Channel, stream: Stream, session_id: str, outcome: Outcome) -> str:
     frames = [f.replace(SESSION_ID.encode(), session_id.encode()) for f in stream.frames]
     outcome.streams += 1
     outcome.frames += len(frames)
-    cancelled = False
+    cancelled = slowed_down = False
+    deadline_s = _NO_MESSAGE_S if _lacks_its_message(stream) else PATIENCE_S
     call: Any = channel.stream_stream(stream.method)(
-        iter(frames), timeout=deadline_s if frames else 2.0, metadata=stream.metadata or None
+        iter(frames), timeout=deadline_s, metadata=stream.metadata or None
     )
-    answered, last = 0, time.monotonic()
+    answered, started = 0, time.monotonic()
     try:
         for raw in call:
             session_id = _judge_answer(stream, raw, outcome) or session_id
-            answered, last = answered + 1, time.monotonic()
-            if answered == stream.cancel_after:
+            answered += 1
+            slowed_down = time.monotonic() - started > BREAK_OFF_AFTER_S
+            if slowed_down or answered == stream.cancel_after:
                 cancelled = call.cancel()
     except grpc.RpcError:
         pass
     name = call.code().name
-    if name == "DEADLINE_EXCEEDED" and answered and time.monotonic() - last < STILL_ANSWERING_S:
+    if slowed_down and name == "CANCELLED":
         outcome.statuses["SLOWED_DOWN"] += 1
     else:
         _judge_status(stream, name, call.details() or "", cancelled, outcome)
     return session_id
+
+
+def _lacks_its_message(stream: Stream) -> bool:
+    return stream.method == GET_INFO and not stream.frames
 
 
 def _judge_answer(stream: Stream, raw: bytes, outcome: Outcome) -> str:
@@ -124,7 +129,7 @@ def _judge_status(
         return
     if _GRPC_OWN.search(details):
         outcome.grpc_own[f"{name}: {details[:120]}"] += 1
-    elif name == "DEADLINE_EXCEEDED" and stream.method == GET_INFO and not stream.frames:
+    elif name == "DEADLINE_EXCEEDED" and _lacks_its_message(stream):
         # gRPC for Python waits for the message of a unary call for as long as the client does.
         outcome.grpc_own["DEADLINE_EXCEEDED: a unary call without its message"] += 1
     elif name == "DEADLINE_EXCEEDED":

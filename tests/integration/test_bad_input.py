@@ -38,6 +38,7 @@ from shared.pb.trunkline.v1 import trunk_pb2 as pb
 from shared.wire.frames import encode_frame
 from tests.conftest import Daemon
 from tests.models import save_tiny_model
+from tests.patience import PATIENCE_S
 
 LORA = LoraConfig(r=4, target_modules=["c_attn"])
 HIDDEN = torch.randn(2, 6, 64, generator=torch.Generator().manual_seed(0))
@@ -102,7 +103,7 @@ def raw(session: TrunkSession, tensors: list[pb.TensorSpec], data: bytes) -> Non
     future: Future[Any] = Future()
     link._connection._waiting[request.id] = future
     link._connection._outgoing.put(iter([encode_frame(request, data)]))
-    future.result(timeout=60)
+    future.result(timeout=PATIENCE_S)
 
 
 BLOCKS = pb.ENCODING_INT8_BLOCKS

@@ -22,10 +22,12 @@ from shared.adapters.config import config_to_json
 from shared.errors import DrainingError, TrunkUnavailableError, UnknownRequestError
 from tests.conftest import Daemon, start_daemon
 from tests.models import save_tiny_model
+from tests.patience import PATIENCE_S
 
 HIDDEN = torch.randn(2, 6, 128, generator=torch.Generator().manual_seed(0))
 HELD = ForwardCall(request_id="a", keep_graph=True, training=True)
 LORA = config_to_json(LoraConfig(r=4, target_modules=["c_attn"]))
+DRAIN_TIMEOUT_S = str(4 * PATIENCE_S)  # who drains as long is found hanging before
 
 
 def drain(daemon: Daemon) -> None:
@@ -37,6 +39,12 @@ def drain(daemon: Daemon) -> None:
         daemon.process.send_signal(signal.SIGTERM)
         assert next(states).status == health_pb2.HealthCheckResponse.NOT_SERVING
         states.cancel()
+
+
+def check_health(daemon: Daemon) -> None:
+    """Of a daemon that drains, and does not end before it is let."""
+    with grpc.insecure_channel(daemon.address) as channel:
+        health = health_pb2_grpc.HealthStub(channel)
         for service, expected in (
             ("readiness", "NOT_SERVING"),
             ("liveness", "SERVING"),
@@ -58,11 +66,12 @@ def test_the_ready_file_says_what_is_served(bundled_trunk: Daemon) -> None:
 
 
 def test_draining_lets_an_open_step_finish_and_takes_nothing_new(tmp_path: Path) -> None:
-    daemon = start_daemon(tmp_path, "--drain-timeout-s", "600", forked=False)
+    daemon = start_daemon(tmp_path, "--drain-timeout-s", DRAIN_TIMEOUT_S, forked=False)
     terms = SessionTerms(peft_config_json=LORA)
     session = TrunkSession(daemon.address, terms, reconnect_timeout_s=0)
     session.forward(HIDDEN, HELD)
     drain(daemon)
+    check_health(daemon)
     with pytest.raises(DrainingError, match="no new forward"):
         session.forward(HIDDEN, ForwardCall())
     with pytest.raises(TrunkUnavailableError):
@@ -70,21 +79,21 @@ def test_draining_lets_an_open_step_finish_and_takes_nothing_new(tmp_path: Path)
     _, norm = session.backward(HIDDEN, "a")
     assert norm > 0
     assert session.step(1, 1.0, adamw(0.1)) == norm
-    assert daemon.process.wait(timeout=60) == 0
+    assert daemon.process.wait(timeout=PATIENCE_S) == 0
     session.close()
 
 
 def test_a_frozen_session_holds_up_no_draining(tmp_path: Path) -> None:
-    daemon = start_daemon(tmp_path, "--drain-timeout-s", "600", forked=False)
+    daemon = start_daemon(tmp_path, "--drain-timeout-s", DRAIN_TIMEOUT_S, forked=False)
     session = TrunkSession(daemon.address, SessionTerms())
     session.forward(HIDDEN, HELD)
     session.backward(HIDDEN, "a")  # its last: a frozen trunk is never stepped
     drain(daemon)
     try:
-        assert daemon.process.wait(timeout=15) == 0
+        assert daemon.process.wait(timeout=PATIENCE_S) == 0
     finally:
         session.close()
-        assert daemon.process.wait(timeout=60) == 0
+        assert daemon.process.wait(timeout=PATIENCE_S) == 0
 
 
 def test_a_forward_without_a_backward_expires(trunkd: Callable[..., Daemon]) -> None:
@@ -144,7 +153,7 @@ def test_a_model_it_cannot_serve_is_named(harm: str, said: str, tmp_path: Path) 
         [sys.executable, "-m", "trunk_service", "--model", str(folder), "--listen", "127.0.0.1:0"],
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=PATIENCE_S,
     )
     assert done.returncode == 2
     assert said in done.stderr and "Traceback" not in done.stderr
@@ -160,7 +169,7 @@ def test_logs_are_json_lines_without_values(tmp_path: Path) -> None:
     session.backward(marked, "mine")
     session.close()
     daemon.process.terminate()
-    assert daemon.process.wait(timeout=60) == 0
+    assert daemon.process.wait(timeout=PATIENCE_S) == 0
     entries = [json.loads(line) for line in daemon.log().splitlines()]
     assert all({"time", "level", "logger", "message"} <= entry.keys() for entry in entries)
     refused = next(entry for entry in entries if "refused" in entry["message"])

@@ -32,6 +32,7 @@ from shared.errors import (
 )
 from shared.pb.trunkline.v1 import trunk_pb2 as pb
 from tests.conftest import Daemon, start_daemon
+from tests.patience import PATIENCE_S
 
 HIDDEN = torch.randn(2, 6, 128, generator=torch.Generator().manual_seed(0))
 CONFIG = config_to_json(LoraConfig(r=4, target_modules=["c_attn"], init_lora_weights=False))
@@ -63,7 +64,7 @@ class Site:
     def metrics(self) -> str:
         lines = (json.loads(line) for line in self.daemon.log().splitlines())
         address = next(line["address"] for line in lines if line["message"] == "metrics")
-        with urllib.request.urlopen(f"http://{address}/metrics", timeout=10) as answer:
+        with urllib.request.urlopen(f"http://{address}/metrics", timeout=PATIENCE_S) as answer:
             return str(answer.read().decode())
 
 
@@ -76,11 +77,11 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
     flags = ["--tls", str(folder / "pki/server"), "--tokens", str(folder / "tokens")]
     flags += ["--metrics", "127.0.0.1:0", "--tenant-max-sessions", "2"]
     flags += ["--tenant-held-bytes", "20000000", "--session-held-bytes", "20000000"]
-    flags += ["--tenant-steps-per-minute", "30", "--tenant-adapter-parameters", "60000"]
+    flags += ["--tenant-steps-per-minute", "6", "--tenant-adapter-parameters", "60000"]
     made.daemon = start_daemon(folder, *flags)
     yield made
     made.daemon.process.terminate()
-    assert made.daemon.process.wait(timeout=60) == 0
+    assert made.daemon.process.wait(timeout=PATIENCE_S) == 0
     log = made.daemon.log()
     assert not [token for token in TOKENS.values() if token in log]
 
@@ -171,7 +172,7 @@ def test_quotas_are_each_tenants_own(site: Site) -> None:
             bob.backward(HIDDEN, "a")
         first.release([str(n) for n in range(held)], [])
         with pytest.raises(ResourceExhaustedError, match="step"):
-            for step in range(1, 40):
+            for step in range(1, 40):  # one comes back every ten seconds
                 first.forward(
                     HIDDEN, ForwardCall(request_id=f"s{step}", keep_graph=True, step=step)
                 )

@@ -29,6 +29,7 @@ from shared.errors import (
 from shared.pb.trunkline.v1 import trunk_pb2 as pb
 from tests.conftest import Daemon, start_daemon
 from tests.models import VOCAB, save_tiny_model
+from tests.patience import PATIENCE_S
 
 HIDDEN = torch.randn(2, 6, 64, generator=torch.Generator().manual_seed(0))
 LORA = LoraConfig(
@@ -49,7 +50,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def trunk(trunkd: Callable[..., Daemon], model: Path) -> Daemon:
-    return trunkd("--model", str(model), "--threads", "1", "--resume-window-s", "30")
+    return trunkd("--model", str(model), "--threads", "1", "--resume-window-s", str(4 * PATIENCE_S))
 
 
 @dataclass
@@ -68,7 +69,7 @@ def run(
 ) -> Run:
     """Trains a few steps; ``meanwhile`` is called between them."""
     split = SplitModelForCausalLM.from_pretrained(
-        model, address, peft_config=config, seed=1, reconnect_timeout_s=120
+        model, address, peft_config=config, seed=1, reconnect_timeout_s=PATIENCE_S
     )
     losses = []
     for metrics in train(split, blocks(), TrainingPlan(steps=STEPS, grad_accum=2)):
@@ -100,7 +101,7 @@ def assert_same_bits(found: Run, expected: Run) -> None:
 
 def end(daemon: Daemon) -> None:
     daemon.process.kill()
-    daemon.process.wait(timeout=60)
+    daemon.process.wait(timeout=PATIENCE_S)
 
 
 def break_connection(split: Any) -> None:
@@ -173,7 +174,9 @@ def test_a_generation_outlives_its_trunk(model: Path, trunk: Daemon, tmp_path: P
     doomed = start_daemon(tmp_path, "--model", str(model), "--threads", "1")
     outputs = []
     for address in (trunk.address, f"{doomed.address},{trunk.address}"):
-        split = SplitModelForCausalLM.from_pretrained(model, address, reconnect_timeout_s=60)
+        split = SplitModelForCausalLM.from_pretrained(
+            model, address, reconnect_timeout_s=PATIENCE_S
+        )
 
         def on_token(*_: Any) -> bool:
             if outputs and doomed.process.poll() is None:
@@ -190,6 +193,11 @@ def test_a_generation_outlives_its_trunk(model: Path, trunk: Daemon, tmp_path: P
     assert torch.equal(*outputs)
 
 
+def closed(daemon: Daemon, session_id: str) -> bool:
+    entries = map(json.loads, daemon.log().splitlines())
+    return any(e["message"] == "session closed" and e["session"] == session_id for e in entries)
+
+
 def test_a_stale_connection_is_shut_out(trunk: Daemon) -> None:
     session = TrunkSession(trunk.address, TERMS)
     session.forward(HIDDEN, ForwardCall(request_id="a", keep_graph=True, step=1))
@@ -200,11 +208,13 @@ def test_a_stale_connection_is_shut_out(trunk: Daemon) -> None:
     assert opened.epoch == 2
     with pytest.raises(StaleSessionError):
         session.step(1, 1.0, adamw(0.1))
-    listed = taken.ask(pb.SessionRequest(id=50, list_adapters=pb.ListAdapters()), {}, 30)
+    listed = taken.ask(pb.SessionRequest(id=50, list_adapters=pb.ListAdapters()), {}, PATIENCE_S)
     assert listed.message.list_adapters.adapters[0].committed_step == 0
     with pytest.raises(StaleSessionError, match="epoch 2"):
         link._open_at(trunk.address, taking)
     taken.close()
+    while not closed(trunk, session.session_id):
+        threading.Event().wait(0.02)
     with pytest.raises(UnknownSessionError):  # ended in order, it is gone
         link._open_at(trunk.address, pb.Open(resume_session_id=session.session_id, epoch=9))
 
@@ -274,4 +284,4 @@ def test_memory_that_runs_out_costs_one_request(
     assert whole[1][1] == again[1][1] and whole[2] == again[2]
     assert all(torch.equal(whole[3][n], again[3][n]) for n in whole[3])
     poor.process.terminate()
-    assert poor.process.wait(timeout=60) == 0
+    assert poor.process.wait(timeout=PATIENCE_S) == 0

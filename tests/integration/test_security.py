@@ -23,6 +23,7 @@ from shared.errors import AuthenticationError, InvalidInputError, TrunkUnavailab
 from shared.pb.trunkline.v1 import trunk_pb2 as pb
 from shared.secret_files import read_tls_folder
 from tests.conftest import Daemon, start_daemon
+from tests.patience import PATIENCE_S
 
 ALICE, BOB, EXPIRED, UNKNOWN = (f"{name}-0123456789abcdef" for name in ("al", "bo", "ex", "un"))
 # Certificates decide who may speak at all, so no error may come from anything else.
@@ -53,7 +54,7 @@ class Site:
             if credentials is None
             else grpc.secure_channel(address, credentials)
         ) as channel:
-            return get_info(channel, address, timeout_s=10)
+            return get_info(channel, address, timeout_s=PATIENCE_S)
 
 
 def read_files(folder: Path) -> tuple[bytes, bytes | None, bytes | None]:
@@ -63,8 +64,15 @@ def read_files(folder: Path) -> tuple[bytes, bytes | None, bytes | None]:
 
 
 def write_tokens(file: Path, *lines: str) -> None:
-    file.write_text("# who has which\n\n" + "\n".join(lines) + "\n", encoding="utf-8")
-    file.chmod(0o600)
+    replace(file, "# who has which\n\n" + "\n".join(lines) + "\n")
+
+
+def replace(file: Path, text: str) -> None:
+    """With another file: one that is written twice in a clock tick looks the same."""
+    new = file.with_suffix(".new")
+    new.write_text(text, encoding="utf-8")
+    new.chmod(0o600)
+    new.replace(file)
 
 
 @pytest.fixture(scope="module")
@@ -84,7 +92,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
     site = Site(start_daemon(folder, *flags), pki, tokens)
     yield site
     site.daemon.process.terminate()
-    assert site.daemon.process.wait(timeout=60) == 0
+    assert site.daemon.process.wait(timeout=PATIENCE_S) == 0
     log = site.daemon.log()
     assert "serving" in log and "PRIVATE KEY" not in log
     # Nor do strangers' failed handshakes put anything else between the lines of JSON.
@@ -100,7 +108,7 @@ def test_a_certificate_and_a_token_let_in(
     monkeypatch.setenv("TRUNKLINE_TLS", str(site.pki / "clients/alice"))
     monkeypatch.setenv("TRUNKLINE_TOKEN_FILE", str(tmp_path / "token"))
     with open_channel(site.daemon.address) as channel:
-        assert get_info(channel, site.daemon.address, timeout_s=10).model_type == "gpt2"
+        assert get_info(channel, site.daemon.address, timeout_s=PATIENCE_S).model_type == "gpt2"
         health = health_pb2_grpc.HealthStub(channel)
         for service in ("", "liveness", "readiness", "trunkline.v1.TrunkService"):
             answer = health.Check(health_pb2.HealthCheckRequest(service=service))
@@ -144,14 +152,14 @@ def test_without_its_token_a_certificate_does_not_do(
 def test_a_token_that_is_removed_stops_at_the_next_call(site: Site) -> None:
     bob, before = site.pki / "clients/bob", site.tokens.read_text(encoding="utf-8")
     assert site.ask(bob, BOB).num_layers == 12
-    site.tokens.write_text(before.replace(f"bob {BOB}\n", ""), encoding="utf-8")
+    replace(site.tokens, before.replace(f"bob {BOB}\n", ""))
     with pytest.raises(AuthenticationError, match="not accepted"):
         site.ask(bob, BOB)
-    site.tokens.write_text(before.replace("bob ", "b b "), encoding="utf-8")
+    replace(site.tokens, before.replace("bob ", "b b "))
     with pytest.raises(AuthenticationError, match="not accepted"):
         site.ask(bob, BOB)
     assert "line 4: a token is 16 to 512" in site.daemon.log()
-    site.tokens.write_text(before, encoding="utf-8")
+    replace(site.tokens, before)
     assert site.ask(bob, BOB).num_layers == 12
 
 
@@ -196,7 +204,7 @@ def test_a_tenants_certificate_does_not_pass_for_the_trunks(tmp_path: Path) -> N
         open_channel(address, alice) as channel,
         pytest.raises(TrunkUnavailableError, match="TLS was not agreed on"),
     ):
-        get_info(channel, address, timeout_s=10)
+        get_info(channel, address, timeout_s=PATIENCE_S)
     server.stop(None)
 
 
@@ -211,7 +219,7 @@ def test_other_hosts_are_not_served_without_tls() -> None:
         for flags in expected
     }
     for flags, process in started.items():
-        _, errors = process.communicate(timeout=60)
+        _, errors = process.communicate(timeout=PATIENCE_S)
         assert process.returncode == 2
         assert expected[flags] in errors and "Traceback" not in errors
 
@@ -223,14 +231,14 @@ def test_insecure_turns_off_what_is_set_and_says_so(
     monkeypatch.setenv("TRUNKD_TOKENS", "/no/such/file")
     daemon = start_daemon(tmp_path, "--insecure")
     with open_channel(daemon.address) as channel:
-        assert get_info(channel, daemon.address, timeout_s=10).num_layers == 12
-        assert channel.unary_unary(f"{SERVICE}/GetInfo")(b"", timeout=10)
+        assert get_info(channel, daemon.address, timeout_s=PATIENCE_S).num_layers == 12
+        assert channel.unary_unary(f"{SERVICE}/GetInfo")(b"", timeout=PATIENCE_S)
     entries = [json.loads(line) for line in daemon.log().splitlines()]
     said = "TLS (set to /no/such/folder), client certificates, tokens (set to /no/such/file)"
     assert said in entries[0]["message"]
     assert entries[1]["off"] == ["TLS", "client certificates", "tokens"]
     daemon.process.terminate()
-    assert daemon.process.wait(timeout=60) == 0
+    assert daemon.process.wait(timeout=PATIENCE_S) == 0
 
 
 def test_a_client_sends_nothing_plain_to_another_host(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -30,7 +30,7 @@ try:
 except CheckpointError as error:
     pytest.skip(str(error), allow_module_level=True)
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
 
 MIB = 1024**2
 E2E = Path(os.environ.get("TRUNKLINE_E2E_DATA", "../shared/data/e2e/valid.txt"))

@@ -9,6 +9,8 @@ import sys
 
 import pytest
 
+from tests.patience import PATIENCE_S
+
 pytestmark = pytest.mark.skipif(
     platform.libc_ver()[0] != "glibc", reason="this is about glibc's malloc"
 )
@@ -49,7 +51,7 @@ def faults(*calls: str, **environment: str) -> list[int]:
         capture_output=True,
         text=True,
         check=True,
-        timeout=60,
+        timeout=PATIENCE_S,
     )
     return [int(line) for line in found.stdout.split()]
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from tests.patience import PATIENCE_S
 from tests.unit.test_trunk_pieces import Clock
 from trunk_service.returns import Returns
 from trunk_service.scheduler import Joint, Scheduler
@@ -25,7 +26,7 @@ class Crowd:
         self.scheduler.observe(lambda tenant, _, ran: self.told.append((tenant, ran)))
         self._gate, started = threading.Event(), threading.Event()
         self.scheduler.submit("gate", "gate", lambda: (started.set(), self._gate.wait()))
-        assert started.wait(10)
+        assert started.wait(PATIENCE_S)
 
     def _together(self, items: Any) -> list[Any]:
         self.batches.append(list(items))
@@ -100,20 +101,20 @@ def test_tasks_are_done_together_on_one_thread_at_a_time() -> None:
     def together(items: Any) -> list[Any]:
         batches.append(list(items))
         inside.set()
-        assert go_on.wait(10)
+        assert go_on.wait(PATIENCE_S)
         return [str for _ in items]
 
     scheduler.join(together, 2)
     gate, held = threading.Event(), threading.Barrier(3)
     for worker in "xy":
-        scheduler.submit(worker, worker, lambda: (held.wait(10), gate.wait(10)))
-    held.wait(10)
+        scheduler.submit(worker, worker, lambda: (held.wait(PATIENCE_S), gate.wait()))
+    held.wait(PATIENCE_S)
     for name in "abcd":
         scheduler.submit(name, name, str, joint=Joint(1, name))
     gate.set()
-    assert inside.wait(10)
+    assert inside.wait(PATIENCE_S)
     plain = scheduler.submit("e", "e", lambda: len(batches))
-    assert plain.result(10) == 1  # the other thread does this, and leaves the joint ones
+    assert plain.result(PATIENCE_S) == 1  # the other thread does this, and leaves the joint ones
     go_on.set()
     scheduler.stop()
     assert batches == [["a", "b"], ["c", "d"]]
@@ -161,7 +162,7 @@ def test_whose_next_token_waits_already_is_not_waited_for() -> None:
     ahead = [crowd.submit(name) for name in ("a0", "a1", "a2")]
     crowd._gate.set()
     # By this clock no time passes while the worker waits: it would wait for good.
-    assert [future.result(5) for future in ahead] == ["a0", "a1", "a2"]
+    assert [future.result(PATIENCE_S) for future in ahead] == ["a0", "a1", "a2"]
     assert crowd.run() == [["a0"], ["a1"], ["a2"]]
 
 

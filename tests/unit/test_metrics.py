@@ -10,6 +10,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from shared.errors import InvalidInputError
+from tests.patience import PATIENCE_S
 from trunk_service.metrics import KINDS, REASONS, Gauges, TrunkMetrics, serve_metrics
 
 Samples = dict[tuple[str, tuple[tuple[str, str], ...]], float]
@@ -27,7 +28,7 @@ class Scraped:
 
     def get(self, path: str = "/metrics") -> str:
         opener = build_opener(ProxyHandler({}))
-        with opener.open(f"http://{self._host}:{self.port}{path}", timeout=10) as answer:
+        with opener.open(f"http://{self._host}:{self.port}{path}", timeout=PATIENCE_S) as answer:
             return str(answer.read(), "utf-8")
 
     def samples(self) -> Samples:

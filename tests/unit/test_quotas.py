@@ -8,6 +8,7 @@ from collections.abc import Callable
 import pytest
 
 from shared.errors import ResourceExhaustedError
+from tests.patience import PATIENCE_S
 from trunk_service.budget import ByteBudget
 from trunk_service.limits import Limits
 from trunk_service.quotas import TenantQuota, TenantQuotas
@@ -132,7 +133,7 @@ def test_threads_that_race_get_no_more_than_is_allowed(quotas: TenantQuotas) -> 
     entered, together = list[bool](), threading.Barrier(8)
 
     def enter() -> None:
-        together.wait(10)
+        together.wait(PATIENCE_S)
         try:
             quotas.of("one").enter_request()
         except ResourceExhaustedError:

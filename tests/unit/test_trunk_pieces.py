@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from shared.errors import DrainingError, ResourceExhaustedError, UnknownRequestError
+from tests.patience import PATIENCE_S
 from trunk_service.budget import ByteBudget
 from trunk_service.gradients import GradientSlots
 from trunk_service.held import HeldRequests
@@ -36,7 +37,7 @@ class Script:
         self._futures = list[Future[None]]()
         self._gate, started = threading.Event(), threading.Event()
         self.scheduler.submit("gate", "gate", lambda: (started.set(), self._gate.wait()))
-        assert started.wait(10)
+        assert started.wait(PATIENCE_S)
 
     def submit(
         self, tenant: str, seconds: float = 1.0, session: str = "a", then: str = ""
@@ -56,7 +57,7 @@ class Script:
         self._gate.set()
         while self._futures:
             if not (future := self._futures.pop()).cancelled():
-                future.result(10)
+                future.result(PATIENCE_S)
         self.scheduler.stop()
         return self.ran
 
@@ -151,8 +152,8 @@ def test_tasks_of_one_session_never_overlap() -> None:
 def test_sessions_of_one_tenant_run_side_by_side() -> None:
     scheduler = Scheduler(workers=2, threads_per_worker=1)
     both = threading.Barrier(2)
-    futures = [scheduler.submit("one", s, lambda: both.wait(10)) for s in ("a", "b")]
-    assert {future.result(20) for future in futures} == {0, 1}
+    futures = [scheduler.submit("one", s, lambda: both.wait(PATIENCE_S)) for s in ("a", "b")]
+    assert {future.result(PATIENCE_S) for future in futures} == {0, 1}
     scheduler.stop()
 
 
@@ -164,13 +165,13 @@ def test_adaptive_gives_all_threads_to_a_session_that_is_alone(
     scheduler = Scheduler(workers=1, threads_per_worker=3, adaptive=True, clock=Clock())
     gate, started = threading.Event(), threading.Event()
     scheduler.submit("one", "a", lambda: (started.set(), gate.wait()))
-    assert started.wait(10)
+    assert started.wait(PATIENCE_S)
     found = scheduler.submit("one", "a", torch.get_num_threads)
     if other is not None:
         # Two, so that one still waits whichever comes first.
         scheduler.submit(*other, bool), scheduler.submit(*other, bool)
     gate.set()
-    assert found.result(10) == threads
+    assert found.result(PATIENCE_S) == threads
     scheduler.stop()
 
 
@@ -178,7 +179,7 @@ def test_a_full_queue_and_a_stopped_scheduler_refuse() -> None:
     scheduler = Scheduler(workers=1, threads_per_worker=1, max_queued=1)
     gate, started = threading.Event(), threading.Event()
     scheduler.submit("one", "a", lambda: (started.set(), gate.wait()))
-    assert started.wait(10)
+    assert started.wait(PATIENCE_S)
     scheduler.submit("one", "a", bool)
     with pytest.raises(ResourceExhaustedError):
         scheduler.submit("one", "a", bool)
@@ -194,8 +195,8 @@ def test_a_failing_task_fails_alone() -> None:
     scheduler = Scheduler(workers=1, threads_per_worker=1)
     bad = scheduler.submit("one", "a", lambda: 1 // 0)
     good = scheduler.submit("one", "a", lambda: 7)
-    assert good.result(10) == 7
-    assert isinstance(bad.exception(10), ZeroDivisionError)
+    assert good.result(PATIENCE_S) == 7
+    assert isinstance(bad.exception(PATIENCE_S), ZeroDivisionError)
     scheduler.stop()
 
 
