@@ -14,6 +14,7 @@ import os
 import re
 import shutil
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -30,12 +31,14 @@ from cryptography.hazmat.primitives.serialization import (
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from shared.errors import InvalidInputError
+from shared.new_folder import new_folder
 
 LOCAL_HOSTS = ("localhost", "127.0.0.1", "::1")
 
 _CA_DAYS = 3650
 _CLOCK_SKEW = timedelta(minutes=5)
 _TENANT_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9_.-]{0,63}")  # also a folder's name
+_LONGEST_HOST = 253
 _HOST_NAME = re.compile(r"(\*\.)?[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)*")
 
 
@@ -67,7 +70,8 @@ def write_certificates(
         The folders that were written.
 
     Raises:
-        InvalidInputError: If a name is unusable, or something would be overwritten.
+        InvalidInputError: If a name is unusable, something would be overwritten, or the disk
+            refuses; nothing is written then.
     """
     names = _checked_hosts(hosts)
     for tenant in tenants:
@@ -76,31 +80,57 @@ def write_certificates(
                 f"tenant {tenant!r}: accepted are 1 to 64 letters, digits or any of _ - . and no "
                 "dot in front"
             )
-    wanted = {tenant: out / "clients" / tenant for tenant in tenants}
-    is_new = not out.exists() or not any(out.iterdir())
-    _check_place(out, is_new, wanted, hosts)
-    authority = _new_authority(out) if is_new else _read_authority(out)
-    written = [out / "ca"] if is_new else []
-    if not (out / "server").exists():
-        extensions = [
-            x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH]),
-            x509.SubjectAlternativeName(names),
-        ]
-        written.append(_issue(authority, out / "server", "trunkd", extensions, days))
-    if is_new and not wanted:
-        wanted = {"client": out / "client"}
-    for tenant, folder in wanted.items():
-        usage = x509.ExtendedKeyUsage([ExtendedKeyUsageOID.CLIENT_AUTH])
-        written.append(_issue(authority, folder, tenant, [usage], days))
+    wanted = {tenant: f"clients/{tenant}" for tenant in tenants}
+    if not _is_ours(out):
+        with new_folder(out) as folder:
+            wanted = wanted or {"client": "client"}
+            written = ["ca", *_issue_all(_new_authority(folder), folder, names, wanted, days)]
+    else:
+        _check_place(out, [out / name for name in wanted.values()], hosts)
+        written = _issue_all(_read_authority(out), out, names, wanted, days)
+    return [out / name for name in written]
+
+
+def _issue_all(
+    authority: Authority,
+    out: Path,
+    hosts: list[x509.GeneralName],
+    wanted: Mapping[str, str],
+    days: int,
+) -> list[str]:
+    """Issues the server's certificate if it is missing, and the tenants'; all or none."""
+    server: list[x509.ExtensionType] = [
+        x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH]),
+        x509.SubjectAlternativeName(hosts),
+    ]
+    client: list[x509.ExtensionType] = [x509.ExtendedKeyUsage([ExtendedKeyUsageOID.CLIENT_AUTH])]
+    to_issue = {} if (out / "server").exists() else {"server": ("trunkd", server)}
+    to_issue |= {name: (tenant, client) for tenant, name in wanted.items()}
+    written: list[str] = []
+    try:
+        for name, (common_name, extensions) in to_issue.items():
+            _issue(authority, out / name, common_name, extensions, days)
+            written.append(name)
+    except OSError as error:
+        for done in written:
+            shutil.rmtree(out / done, ignore_errors=True)
+        with suppress(OSError):
+            (out / "clients").rmdir()  # if there is no other
+        raise InvalidInputError(
+            f"{name}: cannot be written ({error.strerror}), and nothing was added; make room"
+        ) from error
     return written
 
 
-def _check_place(out: Path, is_new: bool, wanted: Mapping[str, Path], hosts: Sequence[str]) -> None:
-    if is_new:
-        return
+def _is_ours(out: Path) -> bool:
+    """Whether there is something that may be added to; a new place is not."""
+    return os.path.isdir(out) and any(out.iterdir())
+
+
+def _check_place(out: Path, wanted: Sequence[Path], hosts: Sequence[str]) -> None:
     if not (out / "ca" / "ca-key.pem").is_file():
         raise InvalidInputError(f"{out} is not empty and has no CA of ours; choose another")
-    if taken := [str(folder) for folder in wanted.values() if folder.exists()]:
+    if taken := [str(folder) for folder in wanted if folder.exists()]:
         raise InvalidInputError(f"{taken[0]} exists; remove it first to issue it again")
     if (out / "server").exists():
         if hosts:
@@ -119,7 +149,7 @@ def _checked_hosts(hosts: Sequence[str]) -> list[x509.GeneralName]:
         try:
             names.append(x509.IPAddress(ipaddress.ip_address(host)))
         except ValueError:
-            if not _HOST_NAME.fullmatch(host):
+            if not _HOST_NAME.fullmatch(host) or len(host) > _LONGEST_HOST:
                 raise InvalidInputError(
                     f"host {host!r} is neither a host's name nor an IP address (no port)"
                 ) from None
@@ -219,7 +249,11 @@ def _key_pem(key: ec.EllipticCurvePrivateKey) -> bytes:
 
 
 def _write_folder(folder: Path, files: Mapping[str, bytes]) -> Path:
-    """Writes a folder that appears whole, its keys readable by their owner alone."""
+    """Writes a folder that appears whole, its keys readable by their owner alone.
+
+    Raises:
+        OSError: As the disk says; nothing is left of it.
+    """
     partial = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
     try:
         partial.mkdir(parents=True, mode=0o755)
@@ -229,7 +263,7 @@ def _write_folder(folder: Path, files: Mapping[str, bytes]) -> Path:
             with os.fdopen(opened, "wb") as file:
                 file.write(content)
         partial.rename(folder)
-    except OSError as error:
+    except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
-        raise InvalidInputError(f"{folder}: cannot be written ({error})") from error
+        raise
     return folder

@@ -18,7 +18,6 @@ from peft import PeftModel, PeftModelForCausalLM
 from transformers import AutoTokenizer
 
 from client_service.adapter_source import FoundAdapter, find_adapter
-from client_service.new_folder import check_new, new_folder
 from client_service.whole import largest_difference, load_whole
 from shared.adapters.methods import method_of
 from shared.adapters.weights import (
@@ -33,6 +32,7 @@ from shared.errors import AdapterError, CheckpointError
 from shared.models import open_checkpoint
 from shared.models.checkpoint import WEIGHT_FILES
 from shared.models.tensor_files import first_line
+from shared.new_folder import check_new, new_folder
 
 MERGED = "merged"
 MERGE_TOLERANCE = 1e-4

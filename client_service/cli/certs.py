@@ -9,13 +9,18 @@ import typer
 
 from client_service.certificates import write_certificates
 from client_service.cli import app
-from client_service.cli.options import show
+from client_service.cli.options import given_path, show
 
 
 @app.command("certs")
 def certs_command(
     out: Annotated[
-        Path, typer.Option(help="New folder; or one made before, to add a --tenant to.")
+        Path,
+        typer.Option(
+            help="New folder; or one made before, to add a --tenant to.",
+            parser=given_path,
+            metavar="PATH",
+        ),
     ],
     host: Annotated[
         list[str] | None,

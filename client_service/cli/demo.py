@@ -15,12 +15,15 @@ from client_service.cli import app
 from client_service.cli.model import labelled
 from client_service.cli.options import (
     SeedOption,
+    StepsOption,
     ThreadsOption,
+    given_path,
     load_tokenizer,
     prepare,
     read_peft_config,
 )
-from client_service.cli.train import record
+from client_service.cli.run_file import put_file
+from client_service.cli.train import record, write_adapter
 from client_service.credentials import TLS_VARIABLE, TOKEN_VARIABLE
 from client_service.data import batches, read_texts, token_blocks
 from client_service.local_trunk import local_trunk
@@ -28,6 +31,7 @@ from client_service.split_model import SplitModelForCausalLM
 from client_service.training import TrainingPlan, mean_loss, traffic, train
 from client_service.verify import VerifyPlan, verify
 from shared.bundled import model_dir, private_heldout_file, private_train_file
+from shared.new_folder import check_writable
 
 SPLIT = "2:10"
 SEQ_LEN, BATCH_SIZE = 128, 8
@@ -36,13 +40,16 @@ PROMPT = "<|endoftext|>WARD ROUND"
 
 @app.command("demo")
 def demo_command(
-    out: Annotated[Path, typer.Option(help="Folder for the report.")] = Path("runs/demo"),
-    steps: Annotated[int, typer.Option(help="Optimizer steps.", min=1)] = 300,
+    out: Annotated[
+        Path, typer.Option(help="Folder for the report.", parser=given_path, metavar="PATH")
+    ] = Path("runs/demo"),
+    steps: StepsOption = 300,
     seed: SeedOption = 0,
     threads: ThreadsOption = 0,
 ) -> None:
     """Start a trunk, fine-tune the bundled model on the bundled notes, and report."""
     prepare(threads)
+    check_writable(out)
     for variable in (TLS_VARIABLE, TOKEN_VARIABLE):
         os.environ.pop(variable, None)  # for another trunk than the one started here
     model = str(model_dir())
@@ -52,7 +59,7 @@ def demo_command(
         typer.echo("Training split and whole side by side …")
         report["split_versus_whole"] = _versus_whole(model, address, seed)
     path = out / "report.json"
-    path.write_text(json.dumps(report, indent=2), encoding="utf-8")
+    put_file(path, json.dumps(report, indent=2).encode())
     _print(report, path)
 
 
@@ -88,7 +95,7 @@ def _fine_tune(model: str, address: str, out: Path, steps: int, seed: int) -> di
         "trained_tokens": steps * BATCH_SIZE * SEQ_LEN,
         "adapter": str(out / "adapter"),
     }
-    split.save_pretrained(out / "adapter")
+    write_adapter(split, out)
     split.remote_trunk.close()
     return report
 

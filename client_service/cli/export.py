@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from client_service.cli import app
-from client_service.cli.options import ThreadsOption, prepare, show
+from client_service.cli.options import ThreadsOption, given_path, prepare, show
 from client_service.export import export
 
 
@@ -18,10 +18,15 @@ def export_command(
         Path,
         typer.Argument(
             help="Adapter folder; Trainer checkpoint-N or output folder (its newest checkpoint); "
-            "`trunkline train --out` folder; or what PEFTSplitLearningTrainer saved."
+            "`trunkline train --out` folder; or what PEFTSplitLearningTrainer saved.",
+            parser=given_path,
+            metavar="CHECKPOINT",
         ),
     ],
-    out: Annotated[Path, typer.Option(help="New folder for the adapter.")],
+    out: Annotated[
+        Path,
+        typer.Option(help="New folder for the adapter.", parser=given_path, metavar="PATH"),
+    ],
     merge: Annotated[
         bool,
         typer.Option(

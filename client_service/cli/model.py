@@ -16,9 +16,11 @@ from client_service.addresses import wait_for_trunk
 from client_service.cli import app
 from client_service.cli.options import (
     DEFAULT_TRUNK,
+    MOST,
     AdapterOption,
     BatchSizeOption,
     ModelOption,
+    NewTokensOption,
     OneDnnOption,
     PeftConfigOption,
     PeftOption,
@@ -26,27 +28,41 @@ from client_service.cli.options import (
     QuantizeOption,
     SeedOption,
     SeqLenOption,
+    StepsOption,
+    TemperatureOption,
     ThreadsOption,
+    TopKOption,
     TrunkOption,
+    adapter_config,
+    check_text,
+    given_path,
+    load_blocks,
     load_tokenizer,
     model_or_bundled,
     prepare,
     read_peft_config,
     show,
 )
-from client_service.data import batches, read_texts, token_blocks
+from client_service.data import batches
+from client_service.model_limits import check_prompt, check_vocabulary, virtual_tokens
 from client_service.split_model import SplitModelForCausalLM
 from client_service.training import mean_loss
 from client_service.verify import VerifyPlan, verify
+from shared.adapters.plan import check_adapter
 from shared.bundled import private_heldout_file, private_train_file
-from shared.errors import DataError
+from shared.errors import DataError, InvalidInputError
 from shared.models import SplitRange, open_checkpoint
 from shared.models.split_layout import write_split_layout
 
 
 @app.command("split")
 def split_command(
-    out: Annotated[Path, typer.Option(help="Folder to write bottom/, trunk/ and top/ to.")],
+    out: Annotated[
+        Path,
+        typer.Option(
+            help="New folder for bottom/, trunk/ and top/.", parser=given_path, metavar="PATH"
+        ),
+    ],
     model: ModelOption = "",
     split: Annotated[str, typer.Option(help="START:END of the trunk's blocks.")] = "2:10",
 ) -> None:
@@ -67,7 +83,12 @@ def eval_command(
     model: ModelOption = "",
     trunk: TrunkOption = DEFAULT_TRUNK,
     data: Annotated[
-        Path | None, typer.Option(help="Text to score; default: the bundled held-out notes.")
+        Path | None,
+        typer.Option(
+            help="Text to score; default: the bundled held-out notes.",
+            parser=given_path,
+            metavar="PATH",
+        ),
     ] = None,
     adapter: AdapterOption = None,
     batch_size: BatchSizeOption = 8,
@@ -79,8 +100,7 @@ def eval_command(
     """Print loss and perplexity on a text, through the split."""
     prepare(threads)
     model = model_or_bundled(model)
-    texts = read_texts(data or private_heldout_file())
-    blocks = token_blocks(texts, load_tokenizer(model), seq_len)
+    _, blocks = load_blocks(model, data or private_heldout_file(), seq_len, adapter_config(adapter))
     split = SplitModelForCausalLM.from_pretrained(
         model, trunk, adapter=adapter, quantize=quantize, onednn=onednn
     )
@@ -95,10 +115,10 @@ def generate_command(
     model: ModelOption = "",
     trunk: TrunkOption = DEFAULT_TRUNK,
     adapter: AdapterOption = None,
-    max_new_tokens: Annotated[int, typer.Option(help="At most.", min=1)] = 64,
-    temperature: Annotated[float, typer.Option(help="0 takes the likeliest token.", min=0)] = 0.0,
-    top_k: Annotated[int, typer.Option(help="Sample from the k likeliest; 0: all.", min=0)] = 0,
-    num_beams: Annotated[int, typer.Option(help="Beam search.", min=1)] = 1,
+    max_new_tokens: NewTokensOption = 64,
+    temperature: TemperatureOption = 0.0,
+    top_k: TopKOption = 0,
+    num_beams: Annotated[int, typer.Option(help="Beam search.", min=1, max=MOST)] = 1,
     seed: SeedOption = 0,
     quantize: QuantizeOption = "",
     onednn: OneDnnOption = False,
@@ -108,11 +128,14 @@ def generate_command(
     prepare(threads)
     model = model_or_bundled(model)
     tokenizer = load_tokenizer(model)
-    text = sys.stdin.read() if prompt == "-" else prompt
+    text = _standard_input() if prompt == "-" else prompt
+    check_text("--prompt", text)
     inputs = tokenizer(text, return_tensors="pt", verbose=False)
-    positions = open_checkpoint(model).config.max_position_embeddings
-    if not 0 < (tokens := inputs["input_ids"].shape[1]) < positions:
-        raise DataError(f"a prompt of {tokens} tokens: accepted are 1 to {positions - 1}")
+    config, virtual = open_checkpoint(model).config, virtual_tokens(adapter_config(adapter))
+    check_prompt(inputs["input_ids"], config, max_new_tokens, virtual)
+    check_vocabulary(inputs["input_ids"], tokenizer, config)
+    if num_beams > config.vocab_size:
+        raise InvalidInputError(f"--num-beams {num_beams}: accepted are 1 to {config.vocab_size}")
     split = SplitModelForCausalLM.from_pretrained(
         model, trunk, adapter=adapter, quantize=quantize, onednn=onednn
     )
@@ -125,13 +148,23 @@ def generate_command(
     typer.echo(tokenizer.decode(output[0], skip_special_tokens=True))
 
 
+def _standard_input() -> str:
+    try:
+        return sys.stdin.buffer.read().decode()
+    except UnicodeDecodeError as error:
+        raise DataError(f"standard input: not UTF-8 text (byte {error.start})") from error
+
+
 @app.command("verify")
 def verify_command(
     model: ModelOption = "",
     trunk: TrunkOption = DEFAULT_TRUNK,
-    steps: Annotated[int, typer.Option(help="Optimizer steps.", min=1)] = 20,
+    steps: StepsOption = 20,
     data: Annotated[
-        Path | None, typer.Option(help="Text to train on; default: the bundled notes.")
+        Path | None,
+        typer.Option(
+            help="Text to train on; default: the bundled notes.", parser=given_path, metavar="PATH"
+        ),
     ] = None,
     peft: PeftOption = "lora",
     peft_config: PeftConfigOption = None,
@@ -148,9 +181,9 @@ def verify_command(
     """
     prepare(threads)
     model = model_or_bundled(model)
-    texts = read_texts(data or private_train_file())
-    blocks = token_blocks(texts, load_tokenizer(model), seq_len)
     config = read_peft_config(peft, peft_config, model, 0.0, steps)
+    check_adapter(config, config, peft_parts)
+    _, blocks = load_blocks(model, data or private_train_file(), seq_len, config)
     ordered = labelled(batches(blocks, batch_size, seed))
     plan = VerifyPlan(steps=steps)
     found = verify(model, trunk, config, ordered, plan, seed, parts=peft_parts, quantize=quantize)

@@ -8,6 +8,7 @@ side may have only its own parts. Names are canonical: those of the whole model'
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Callable, Iterable
 from functools import partial
@@ -120,11 +121,15 @@ def open_checkpoint(model: str | Path) -> Checkpoint:
         CheckpointError: If there is no such model, it is damaged, or its family cannot be split.
     """
     folder = Path(model)
-    if folder.is_dir():
+    if os.path.isdir(folder):
         if any(folder.glob("*/*_metadata.json")):
             return _open_split_layout(folder)
         return _open_whole(str(model), _local_file(folder))
-    if folder.exists() or str(model).startswith((".", "/", "~")) or str(model).count("/") > 1:
+    if (
+        os.path.lexists(folder)
+        or str(model).startswith((".", "/", "~"))
+        or str(model).count("/") > 1
+    ):
         raise CheckpointError(f"{model}: no such model folder")
     return _open_whole(str(model), partial(_hub_file, str(model)))
 
@@ -163,7 +168,10 @@ def _read_config(source: str, find: Callable[[str], Path | None]) -> PreTrainedC
         raise CheckpointError(f"{source}: no config.json there, so not a model folder")
     raw = _read_json(path)
     family_of(str(raw.get("model_type")))
-    return AutoConfig.from_pretrained(path.parent)
+    try:
+        return AutoConfig.from_pretrained(path.parent)
+    except Exception as error:  # each family's configuration raises what it likes
+        raise CheckpointError(f"{path}: not a configuration ({first_line(error)})") from error
 
 
 def _open_split_layout(folder: Path) -> Checkpoint:
@@ -211,7 +219,7 @@ def _hub_file(repo: str, name: str) -> Path | None:
             name,
             _raise_exceptions_for_missing_entries=False,
         )
-    except OSError as error:
+    except (OSError, ValueError) as error:
         raise CheckpointError(
             f"{repo}: neither a folder here nor a model of the hub ({first_line(error)})"
         ) from error
@@ -221,7 +229,7 @@ def _hub_file(repo: str, name: str) -> Path | None:
 def _read_json(path: Path) -> dict[str, Any]:
     try:
         loaded = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: not readable as JSON ({error})") from error
     if not isinstance(loaded, dict):
         raise CheckpointError(f"{path}: holds {type(loaded).__name__}, not an object")

@@ -15,47 +15,38 @@ from safetensors.torch import save_file
 from transformers import AutoTokenizer
 
 from shared import __version__
-from shared.errors import CheckpointError
 from shared.models.checkpoint import Checkpoint, open_checkpoint
 from shared.models.digest import weight_digest
 from shared.models.loading import LM_HEAD
 from shared.models.parts import ROLES, build_part
 from shared.models.split_range import SplitRange
+from shared.new_folder import new_folder
 
 
 def write_split_layout(model: str | Path, split: SplitRange, out: Path) -> dict[str, Path]:
-    """Splits a whole checkpoint into part files, tensors in their stored dtype.
+    """Splits a whole checkpoint into part files, tensors in their stored dtype; all or none.
 
     Args:
         model: Folder or hub id of a whole checkpoint.
         split: Blocks of the trunk.
-        out: Folder to write to; created if needed.
+        out: New folder.
 
     Returns:
         The weight file of each role.
 
     Raises:
-        CheckpointError: If the model cannot be read, or a file is already there.
+        CheckpointError: If the model cannot be read, ``out`` is not new or the disk refuses.
         SplitError: If the split does not fit the model.
     """
     checkpoint = open_checkpoint(model)
     split.check(checkpoint.config.num_hidden_layers)
-    digest = weight_digest(checkpoint, split)
-    written = {}
-    for role in ROLES:
-        stem = f"{checkpoint.family.model_type}_{split.start}-{split.end}_{role}"
-        path = out / role / f"{stem}.safetensors"
-        if path.exists():
-            raise CheckpointError(f"{path} exists; choose another folder")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        tensors = _part_tensors(checkpoint, role, split)
-        save_file(tensors, path, metadata={"format": "pt"})
-        described = _metadata(checkpoint, role, split, digest)
-        text = json.dumps(described, indent=2, sort_keys=True)
-        path.with_name(f"{stem}_metadata.json").write_text(text, encoding="utf-8")
-        written[role] = path
-    _copy_tokenizer(checkpoint, out)
-    return written
+    with new_folder(out) as folder:
+        digest = weight_digest(checkpoint, split)
+        files = {
+            role: _write_part(folder / role, checkpoint, role, split, digest) for role in ROLES
+        }
+        _copy_tokenizer(checkpoint, folder)
+    return {role: out / role / file for role, file in files.items()}
 
 
 def part_bounds(role: str, split: SplitRange, num_layers: int) -> tuple[int, int]:
@@ -65,6 +56,19 @@ def part_bounds(role: str, split: SplitRange, num_layers: int) -> tuple[int, int
         "trunk": (split.start, split.end),
         "top": (split.end, num_layers),
     }[role]
+
+
+def _write_part(
+    folder: Path, checkpoint: Checkpoint, role: str, split: SplitRange, digest: str
+) -> str:
+    """Writes one part to a folder of its own; returns the name of its weight file."""
+    stem = f"{checkpoint.family.model_type}_{split.start}-{split.end}_{role}"
+    folder.mkdir()
+    tensors = _part_tensors(checkpoint, role, split)
+    save_file(tensors, folder / f"{stem}.safetensors", metadata={"format": "pt"})
+    text = json.dumps(_metadata(checkpoint, role, split, digest), indent=2, sort_keys=True)
+    (folder / f"{stem}_metadata.json").write_text(text, encoding="utf-8")
+    return f"{stem}.safetensors"
 
 
 def _part_tensors(checkpoint: Checkpoint, role: str, split: SplitRange) -> dict[str, torch.Tensor]:
