@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -71,7 +72,7 @@ def find_adapter(checkpoint: Path, model: str = "") -> FoundAdapter:
 
 
 def _find(checkpoint: Path, model: str) -> FoundAdapter:
-    if not checkpoint.is_dir():
+    if not os.path.isdir(checkpoint):
         raise AdapterError(f"{checkpoint}: no such folder; accepted: {ACCEPTED}")
     if (checkpoint / CONFIG_FILE).is_file():
         of_trainer = (checkpoint / "trainer_state.json").is_file()

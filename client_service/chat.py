@@ -19,6 +19,7 @@ import torch
 from jinja2 import TemplateError
 from transformers import TextStreamer
 
+from client_service.model_limits import check_vocabulary, unknown_token
 from shared.errors import InvalidInputError
 
 with contextlib.suppress(ImportError):
@@ -66,7 +67,7 @@ def chat(
         notes: What else there is to say; standard error by default.
 
     Raises:
-        InvalidInputError: If there is a system text and the chat template has no place for it.
+        InvalidInputError: If the system text cannot begin a conversation (:func:`check_opening`).
         TrunklineError: What the trunk answered, if it refused.
     """
     source, sink, notes = source or sys.stdin, sink or sys.stdout, notes or sys.stderr
@@ -109,16 +110,11 @@ class Conversation:
         """Begins anew.
 
         Raises:
-            InvalidInputError: If the chat template has no place for the system text.
+            InvalidInputError: If the system text cannot begin a conversation.
         """
         self.turns.clear()
         torch.manual_seed(self.options.seed)
-        try:
-            self._encode([{"role": "user", "content": "?"}])
-        except TemplateError as error:
-            raise InvalidInputError(
-                f"--system: this model's chat template has no place for it ({error})"
-            ) from error
+        check_opening(self.tokenizer, self.options.system, self.model.config, self._positions)
 
     def answer(self, text: str) -> str:
         """Streams the reply to one line of the user and remembers both.
@@ -145,7 +141,7 @@ class Conversation:
 
     @property
     def _has_template(self) -> bool:
-        return bool(getattr(self.tokenizer, "chat_template", None))
+        return has_template(self.tokenizer)
 
     @property
     def _positions(self) -> int:
@@ -161,7 +157,7 @@ class Conversation:
         room = min(self.options.max_new_tokens, self._positions // _LEAST_ROOM)
         dropped = 0
         while True:
-            inputs = self._encode(self.turns)
+            inputs = encode(self.tokenizer, self.options.system, self.turns)
             tokens = inputs["input_ids"].shape[1]
             if tokens + room <= self._positions or len(self.turns) == 1:
                 break
@@ -178,16 +174,10 @@ class Conversation:
                 f"shorten it]\n"
             )
             return None
+        if unknown := unknown_token(inputs["input_ids"], self.tokenizer, self.model.config):
+            self.notes.write(f"[{unknown}: leave it out]\n")
+            return None
         return inputs
-
-    def _encode(self, turns: list[dict[str, str]]) -> Any:
-        system = self.options.system
-        if not self._has_template:
-            return self.tokenizer(_transcript(system, turns), return_tensors="pt", verbose=False)
-        messages = [{"role": "system", "content": system}] if system else []
-        return self.tokenizer.apply_chat_template(
-            [*messages, *turns], add_generation_prompt=True, return_tensors="pt", return_dict=True
-        )
 
     def _sampling(self) -> dict[str, Any]:
         configured = getattr(self.model.generation_config, "eos_token_id", None)
@@ -267,6 +257,48 @@ def _remembered_interrupts() -> Iterator[threading.Event]:
         yield came
     finally:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def has_template(tokenizer: Any) -> bool:
+    """Whether a tokenizer says how turns are written."""
+    return bool(getattr(tokenizer, "chat_template", None))
+
+
+def encode(tokenizer: Any, system: str, turns: list[dict[str, str]]) -> Any:
+    """What a model reads before it replies to the last of the turns."""
+    if not has_template(tokenizer):
+        return tokenizer(_transcript(system, turns), return_tensors="pt", verbose=False)
+    messages = [{"role": "system", "content": system}] if system else []
+    return tokenizer.apply_chat_template(
+        [*messages, *turns], add_generation_prompt=True, return_tensors="pt", return_dict=True
+    )
+
+
+def check_opening(tokenizer: Any, system: str, config: Any, positions: int) -> None:
+    """Refuses a system text that a conversation cannot begin with; needs no model.
+
+    Args:
+        tokenizer: Of the model.
+        system: May be empty.
+        config: Of the model.
+        positions: Tokens that there is room for.
+
+    Raises:
+        InvalidInputError: If the chat template has no place for it, or the model none.
+        DataError: If the model lacks a token of it.
+    """
+    try:
+        ids = encode(tokenizer, system, [{"role": "user", "content": "?"}])["input_ids"]
+    except TemplateError as error:
+        raise InvalidInputError(
+            f"--system: this model's chat template has no place for it ({error})"
+        ) from error
+    if ids.shape[1] >= positions:
+        raise InvalidInputError(
+            f"--system: {ids.shape[1]} tokens with the shortest question; the model has "
+            f"{positions} positions"
+        )
+    check_vocabulary(ids, tokenizer, config)
 
 
 def _transcript(system: str, turns: list[dict[str, str]]) -> str:

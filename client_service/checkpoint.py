@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft import PeftConfig
 
 from client_service.atomic_folder import remove_leftovers
 from client_service.checkpoint_files import (
@@ -141,14 +142,16 @@ class Checkpoints:
             keep_last(self.folder, state.step, self._kept)
 
 
-def check_can_be_saved(model: Any) -> None:
+def check_can_be_saved(config: PeftConfig | None) -> None:
     """Refuses a method of which a trunk does not give away all it trains.
+
+    Args:
+        config: Of the adapter; None without one.
 
     Raises:
         CheckpointError: Names it.
     """
-    config = getattr(model, "peft_config", {}).get("default")
-    if model.remote_trunk.trainable and getattr(config, "prefix_projection", False):
+    if getattr(config, "prefix_projection", False):
         raise CheckpointError(
             "prefix_projection: the trunk gives what its encoder makes, not the encoder, so a run "
             "cannot go on from a checkpoint; train without checkpoints"

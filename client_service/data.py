@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -29,12 +30,12 @@ def read_texts(path: str | Path) -> list[str]:
         DataError: If nothing is there, a file is not text, or a line is not as described.
     """
     path = Path(path)
-    if path.is_dir():
+    if os.path.isdir(path):
         files = sorted(p for p in path.rglob("*") if p.suffix in SUFFIXES)
         if not files:
             raise DataError(f"{path}: no {' or '.join(SUFFIXES)} files in this folder")
         return [text for file in files for text in read_texts(file)]
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise DataError(f"{path}: no such file or folder")
     if path.suffix not in SUFFIXES:
         raise DataError(f"{path}: accepted are {', '.join(SUFFIXES)} and folders of them")
@@ -93,7 +94,10 @@ def batches(
 
 
 def _decode(path: Path) -> str:
-    raw = path.read_bytes()
+    try:
+        raw = path.read_bytes()
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror})") from error
     if b"\0" in raw:
         raise DataError(f"{path}: holds zero bytes, so it is not text")
     try:
@@ -112,12 +116,19 @@ def _documents(path: Path, content: str) -> list[str]:
 def _json_document(path: Path, number: int, line: str) -> str:
     try:
         entry = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{path}:{number}: not JSON ({error})") from error
     if isinstance(entry, dict):
-        if isinstance(entry.get("text"), str):
-            return str(entry["text"])
         pair = entry.get("prompt"), entry.get("completion")
-        if all(isinstance(part, str) for part in pair):
-            return f"{pair[0]}{pair[1]}"
+        parts: tuple[Any, ...] = (entry["text"],) if isinstance(entry.get("text"), str) else pair
+        if all(isinstance(part, str) for part in parts):
+            return _checked(path, number, "".join(parts))
     raise DataError(f'{path}:{number}: accepted is {{"text"}} or {{"prompt", "completion"}}')
+
+
+def _checked(path: Path, number: int, text: str) -> str:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise DataError(f"{path}:{number}: half a surrogate pair is not text") from error
+    return text

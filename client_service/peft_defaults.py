@@ -95,8 +95,17 @@ def default_config(method: str, family: Family, dropout: float, steps: int) -> P
     Raises:
         AdapterError: If there is no such method; names those there are.
     """
+    check_method(method)
+    return DEFAULTS[method.lower()](family, dropout, steps)
+
+
+def check_method(method: str) -> None:
+    """Refuses what is no method's name.
+
+    Raises:
+        AdapterError: Names those there are.
+    """
     if method.lower() not in DEFAULTS:
         raise AdapterError(
             f"--peft {method}: accepted: {', '.join(DEFAULTS)}, or any file with --peft-config"
         )
-    return DEFAULTS[method.lower()](family, dropout, steps)

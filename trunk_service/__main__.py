@@ -7,13 +7,16 @@ import gc
 import json
 import logging
 import os
+import shlex
 import signal
 import sys
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 from pydantic import ValidationError
-from pydantic_settings import CliApp
+from pydantic_core import ErrorDetails
+from pydantic_settings import CliApp, SettingsError
 
 from shared.bundled import model_dir
 from shared.errors import InvalidInputError, TrunklineError
@@ -40,9 +43,25 @@ def main() -> None:
         settings = CliApp.run(TrunkSettings, cli_args=sys.argv[1:])
         log_json(settings.log_level)
         asyncio.run(serve(settings))
-    except (TrunklineError, ValidationError) as error:
-        sys.stderr.write(f"trunkd: {error}\n")
-        sys.exit(2)
+    except ValidationError as error:
+        _refuse("; ".join(map(_described, error.errors())))
+    except (TrunklineError, SettingsError, OSError) as error:
+        _refuse(str(error))
+
+
+def _refuse(said: str) -> NoReturn:
+    sys.stderr.write(f"trunkd: {' '.join(said.split())}\n")
+    sys.exit(2)
+
+
+def _described(found: ErrorDetails) -> str:
+    """A value that was refused: its name, what was given and why."""
+    said = found["msg"].removeprefix("Value error, ")
+    if not found["loc"]:
+        return said  # of values together, which it names
+    given = found["input"]
+    shown = shlex.quote(given) if isinstance(given, str) else given
+    return f"--{str(found['loc'][0]).replace('_', '-')} {shown}: {said}"
 
 
 async def serve(settings: TrunkSettings) -> None:
@@ -84,14 +103,16 @@ def _registry(settings: TrunkSettings) -> SessionRegistry:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         raise InvalidInputError(f"device {settings.device!r} cannot be used: {error}") from error
+    offload = None
+    if settings.offload_bytes:
+        offload = OffloadArea(settings.offload_bytes, settings.offload_dir, device)
     cores = len(os.sched_getaffinity(0))
     threads = settings.threads or max(1, cores // settings.workers)
     torch.set_num_threads(threads)
     dtype: torch.dtype = getattr(torch, settings.dtype)
     model = settings.model or model_dir()
     trunk = Trunk.load(model, split, device, dtype, settings.quantize, settings.onednn)
-    if settings.offload_bytes:
-        trunk.offload = OffloadArea(settings.offload_bytes, settings.offload_dir, device)
+    trunk.offload = offload
     return_freed_memory()
     workers = cores if settings.adaptive else settings.workers
     scheduler = Scheduler(workers, threads, adaptive=settings.adaptive)

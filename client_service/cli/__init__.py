@@ -5,17 +5,17 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import typer
 
+from client_service.cli.mistakes import in_one_line
 from client_service.credentials import TLS_VARIABLE, TOKEN_VARIABLE
 from shared.errors import TrunklineError
 
 app = typer.Typer(
     name="trunkline",
     help="Fine-tune and run a language model that lives in two places.",
-    no_args_is_help=True,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
@@ -44,12 +44,21 @@ def identify(
 
 
 def main() -> None:
-    """Runs the command line; exits 2 on an error that names what to change."""
+    """Runs the command line; exits 2 on an error, told in one line that names what to change."""
     # The commands are registered by being imported, and importing them loads torch.
     from client_service.cli import bench, certs, chat, demo, export, gguf, model, train  # noqa: F401
 
     try:
-        app()
-    except TrunklineError as error:
-        sys.stderr.write(f"trunkline: {type(error).__name__}: {error}\n")
-        sys.exit(2)
+        code = app(sys.argv[1:] or ["--help"], standalone_mode=False)
+    except typer.TyperException as error:
+        _refuse(f"UsageError: {in_one_line(error)}")
+    except (TrunklineError, OSError) as error:
+        _refuse(f"{type(error).__name__}: {in_one_line(error)}")
+    except typer.Abort:
+        _refuse("aborted")
+    sys.exit(code)
+
+
+def _refuse(said: str) -> NoReturn:
+    sys.stderr.write(f"trunkline: {said}\n")
+    sys.exit(2)

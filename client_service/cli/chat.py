@@ -8,20 +8,27 @@ from typing import Annotated
 
 import typer
 
-from client_service.chat import ChatOptions, chat
+from client_service.chat import ChatOptions, chat, check_opening
 from client_service.cli import app
 from client_service.cli.options import (
     DEFAULT_TRUNK,
     AdapterOption,
     ModelOption,
+    NewTokensOption,
     SeedOption,
+    TemperatureOption,
     ThreadsOption,
+    TopKOption,
     TrunkOption,
+    adapter_config,
+    check_text,
     load_tokenizer,
     model_or_bundled,
     prepare,
 )
+from client_service.model_limits import virtual_tokens
 from client_service.split_model import SplitModelForCausalLM
+from shared.models import open_checkpoint
 
 
 @app.command("chat")
@@ -30,9 +37,9 @@ def chat_command(
     trunk: TrunkOption = DEFAULT_TRUNK,
     adapter: AdapterOption = None,
     system: Annotated[str, typer.Option(help="Instructions before the conversation.")] = "",
-    max_new_tokens: Annotated[int, typer.Option(help="Of one reply, at most.", min=1)] = 128,
-    temperature: Annotated[float, typer.Option(help="0 takes the likeliest token.", min=0)] = 0.0,
-    top_k: Annotated[int, typer.Option(help="Sample from the k likeliest; 0: all.", min=0)] = 0,
+    max_new_tokens: NewTokensOption = 128,
+    temperature: TemperatureOption = 0.0,
+    top_k: TopKOption = 0,
     seed: SeedOption = 0,
     threads: ThreadsOption = 0,
 ) -> None:
@@ -44,6 +51,9 @@ def chat_command(
     prepare(threads)
     model = model_or_bundled(model)
     tokenizer = load_tokenizer(model)
+    check_text("--system", system)
+    config, virtual = open_checkpoint(model).config, virtual_tokens(adapter_config(adapter))
+    check_opening(tokenizer, system, config, config.max_position_embeddings - virtual)
     split = SplitModelForCausalLM.from_pretrained(model, trunk, adapter=adapter)
     options = ChatOptions(system, max_new_tokens, temperature, top_k, seed)
     try:

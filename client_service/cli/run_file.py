@@ -82,7 +82,7 @@ def write_run(out: Path, settings: RunSettings, blocks_NT: torch.Tensor) -> None
         CheckpointError: If the disk refuses.
     """
     run = {"format": FORMAT, "arguments": asdict(settings), "data_sha256": _digest(blocks_NT)}
-    _replace(out / RUN_FILE, json.dumps(run, indent=2, default=str).encode())
+    put_file(out / RUN_FILE, json.dumps(run, indent=2, default=str).encode())
 
 
 def resumed_settings(out: Path, given: RunSettings, named: Iterable[str]) -> RunSettings:
@@ -138,7 +138,7 @@ def cut_metrics(out: Path, step: int) -> None:
     path = out / METRICS_FILE
     lines = path.read_bytes().splitlines(keepends=True) if path.is_file() else []
     kept = [line for line in lines if 0 < _step_of(line) <= step]
-    _replace(path, b"".join(kept))
+    put_file(path, b"".join(kept))
 
 
 def _step_of(line: bytes) -> int:
@@ -156,11 +156,16 @@ def _read(path: Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise CheckpointError(f"{path}: no such file; --resume goes on with a run") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: not readable ({first_line(error)})") from error
 
 
-def _replace(path: Path, data: bytes) -> None:
+def put_file(path: Path, data: bytes) -> None:
+    """Writes a file of a run, whole or not at all; its folder is made if needed.
+
+    Raises:
+        CheckpointError: If the disk refuses; a file that was there is as it was.
+    """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         replace_file(path, data)

@@ -9,7 +9,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal, TextIO
 
+import torch
 import typer
+from peft import PeftConfig
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
@@ -20,10 +22,13 @@ from client_service.checkpoint import Checkpoint, Checkpoints, check_can_be_save
 from client_service.checkpoint_files import has_checkpoints
 from client_service.cli import app
 from client_service.cli.chat import talk
+from client_service.cli.mistakes import in_one_line
 from client_service.cli.options import (
     DEFAULT_TRUNK,
+    MOST,
     AdapterOption,
     BatchSizeOption,
+    GradientWireFormatOption,
     ModelOption,
     OneDnnOption,
     PeftConfigOption,
@@ -32,10 +37,14 @@ from client_service.cli.options import (
     QuantizeOption,
     SeedOption,
     SeqLenOption,
+    StepsOption,
     ThreadsOption,
     TrunkOption,
+    WireDriftOption,
     WireFormatOption,
-    load_tokenizer,
+    adapter_config,
+    given_path,
+    load_blocks,
     model_or_bundled,
     prepare,
     read_peft_config,
@@ -43,39 +52,52 @@ from client_service.cli.options import (
 )
 from client_service.cli.run_file import (
     METRICS_FILE,
+    RUN_FILE,
     RunSettings,
     check_same_data,
     cut_metrics,
     resumed_settings,
     write_run,
 )
-from client_service.data import batches, read_texts, token_blocks
+from client_service.data import batches
 from client_service.split_model import SplitModelForCausalLM
 from client_service.training import StepMetrics, TrainingPlan, train
+from shared.adapters.plan import check_adapter
 from shared.bundled import private_train_file
-from shared.errors import CheckpointError, TrunklineError
+from shared.errors import AdapterError, CheckpointError, InvalidInputError
 from shared.freed_memory import keep_freed_memory, return_freed_memory
 from shared.models.tensor_files import first_line
+from shared.new_folder import check_writable, is_of_the_disk
 
 _MIB = 1024**2
+_LARGEST = torch.finfo(torch.float32).max
 
 
 @app.command("train")
 def train_command(
     context: typer.Context,
     out: Annotated[
-        Path, typer.Option(help="Folder for run.json, metrics.jsonl, checkpoints/ and adapter/.")
+        Path,
+        typer.Option(
+            help="Folder for run.json, metrics.jsonl, checkpoints/ and adapter/.",
+            parser=given_path,
+            metavar="PATH",
+        ),
     ],
     model: ModelOption = "",
     trunk: TrunkOption = DEFAULT_TRUNK,
     data: Annotated[
         Path | None,
-        typer.Option(help=".txt, .jsonl or a folder of them; default: the bundled notes."),
+        typer.Option(
+            help=".txt, .jsonl or a folder of them; default: the bundled notes.",
+            parser=given_path,
+            metavar="PATH",
+        ),
     ] = None,
-    steps: Annotated[int, typer.Option(help="Optimizer steps.", min=1)] = 100,
+    steps: StepsOption = 100,
     batch_size: BatchSizeOption = 8,
     seq_len: SeqLenOption = 128,
-    lr: Annotated[float, typer.Option(help="Learning rate.")] = 1e-3,
+    lr: Annotated[float, typer.Option(help="Learning rate.", min=0, max=_LARGEST)] = 1e-3,
     seed: SeedOption = 0,
     optimizer: Annotated[
         Literal["adamw", "sgd", "adafactor"], typer.Option(help="Of all parts, the trunk's too.")
@@ -90,17 +112,22 @@ def train_command(
     dropout: Annotated[
         float, typer.Option(help="Of the model's own layers and of the adapter.", min=0, max=0.99)
     ] = 0.0,
-    grad_clip: Annotated[float, typer.Option(help="Largest global gradient norm; 0: off.")] = 1.0,
-    grad_accum: Annotated[int, typer.Option(help="Batches of one step.", min=1)] = 1,
+    grad_clip: Annotated[
+        float, typer.Option(help="Largest global gradient norm; 0: off.", min=0)
+    ] = 1.0,
+    grad_accum: Annotated[int, typer.Option(help="Batches of one step.", min=1, max=MOST)] = 1,
     lr_schedule: Annotated[
         Literal["constant", "constant_with_warmup", "linear", "cosine"],
         typer.Option(help="How the learning rate moves."),
     ] = "constant",
-    warmup_steps: Annotated[int, typer.Option(help="Of the schedule.", min=0)] = 0,
+    warmup_steps: Annotated[int, typer.Option(help="Of the schedule.", min=0, max=MOST)] = 0,
     checkpoint_every: Annotated[
-        int, typer.Option(help="Steps between two checkpoints in OUT/checkpoints; 0: none.", min=0)
+        int,
+        typer.Option(
+            help="Steps between two checkpoints in OUT/checkpoints; 0: none.", min=0, max=MOST
+        ),
     ] = 0,
-    keep_last: Annotated[int, typer.Option(help="Checkpoints that stay.", min=1)] = 2,
+    keep_last: Annotated[int, typer.Option(help="Checkpoints that stay.", min=1, max=MOST)] = 2,
     resume: Annotated[
         bool,
         typer.Option(
@@ -116,16 +143,14 @@ def train_command(
     ] = False,
     quantize: QuantizeOption = "",
     micro_batches: Annotated[
-        int, typer.Option(help="Pieces of a batch on their way through the split at once.", min=1)
+        int,
+        typer.Option(
+            help="Pieces of a batch on their way through the split at once.", min=1, max=MOST
+        ),
     ] = 1,
     wire_format: WireFormatOption = "float32",
-    gradient_wire_format: Annotated[
-        str | None, typer.Option(help="Of gradients, if another than --wire-format.")
-    ] = None,
-    max_wire_drift: Annotated[
-        float | None,
-        typer.Option(help="Goes back to float32 when a loss is further than this from its own."),
-    ] = None,
+    gradient_wire_format: GradientWireFormatOption = None,
+    max_wire_drift: WireDriftOption = None,
     fused_loss: Annotated[
         bool, typer.Option(help="Make the loss without the logits: faster, other last digits.")
     ] = False,
@@ -135,8 +160,10 @@ def train_command(
     """Fine-tune through the split; write metrics and ONE adapter of the whole model."""
     given = dict(context.params) | {"data": data, "peft_config": peft_config, "adapter": adapter}
     settings = RunSettings(**{name: given[name] for name in RunSettings.__annotations__})
+    check_writable(out)
     if resume:
         settings = resumed_settings(out, settings, _named(context))
+        _check_again(context, settings, out / RUN_FILE)
     elif has_checkpoints(out / "checkpoints"):
         raise CheckpointError(
             f"{out}: has checkpoints of a run already; give --resume to go on with it, or another "
@@ -153,20 +180,30 @@ def _named(context: typer.Context) -> list[str]:
     return [n for n, source in sources if source is not None and source.name == "COMMANDLINE"]
 
 
+def _check_again(context: typer.Context, settings: RunSettings, path: Path) -> None:
+    """Asks of what a file says what is asked of the command line."""
+    names = RunSettings.__annotations__
+    for option in (option for option in context.command.params if option.name in names):
+        try:
+            option.process_value(context, getattr(settings, option.name))
+        except (typer.TyperException, InvalidInputError) as error:
+            raise CheckpointError(f"{path}: {in_one_line(error)}") from error
+
+
 def _train(out: Path, settings: RunSettings, resume: bool) -> None:
     model = model_or_bundled(settings.model)
-    texts = read_texts(settings.data or private_train_file())
-    tokenizer = load_tokenizer(model)
-    blocks = token_blocks(texts, tokenizer, settings.seq_len)
+    config = _adapter(model, settings)
+    if settings.checkpoint_every:
+        check_can_be_saved(config)
+    data_file = settings.data or private_train_file()
+    tokenizer, blocks = load_blocks(model, data_file, settings.seq_len, config)
     if resume:
         check_same_data(out, blocks)
         # Whatever ended the run may have ended its trunk too.
         wait_for_trunk(settings.trunk, settings.reconnect_timeout)
-    split = _open(model, settings)
+    split = _open(model, settings, None if settings.adapter else config)
     return_freed_memory()  # what loading took and no step will
     checkpoints = Checkpoints(out / "checkpoints", settings.checkpoint_every, settings.keep_last)
-    if settings.checkpoint_every:
-        check_can_be_saved(split)
     start = checkpoints.newest(split) if resume else None
     if not resume:
         write_run(out, settings.anywhere(), blocks)
@@ -177,7 +214,7 @@ def _train(out: Path, settings: RunSettings, resume: bool) -> None:
         optimizer=settings.optimizer,
         grad_clip=settings.grad_clip,
         grad_accum=settings.grad_accum,
-        micro_batches=settings.micro_batches,
+        micro_batches=min(settings.micro_batches, settings.batch_size),
         schedule=settings.lr_schedule,
         warmup_steps=settings.warmup_steps,
         seed=settings.seed,
@@ -187,19 +224,28 @@ def _train(out: Path, settings: RunSettings, resume: bool) -> None:
     restore = start.restore if start else None
     run = train(split, data, plan, restore, checkpoints.save_if_due)
     facts = _finish(run, settings.steps, out, start)
-    _write_adapter(split, out)
+    write_adapter(split, out)
     show({"adapter": str(out / "adapter"), **facts})
     if settings.chat:
         talk(split, tokenizer, ChatOptions(seed=settings.seed))
     split.remote_trunk.close()
 
 
-def _open(model: str, settings: RunSettings) -> Any:
-    config = None
-    if settings.adapter is None:
-        config = read_peft_config(
-            settings.peft, settings.peft_config, model, settings.dropout, settings.steps
-        )
+def _adapter(model: str, settings: RunSettings) -> PeftConfig | None:
+    """The configuration of the adapter that is trained, fresh or from ``--adapter``."""
+    if settings.adapter is not None:
+        if settings.peft_config is not None:
+            raise AdapterError("--peft-config with --adapter, which has its own: give either")
+        return adapter_config(settings.adapter)
+    config = read_peft_config(
+        settings.peft, settings.peft_config, model, settings.dropout, settings.steps
+    )
+    on_trunk = config if settings.trunk_peft == "same" else None
+    check_adapter(config, on_trunk, settings.peft_parts)
+    return config
+
+
+def _open(model: str, settings: RunSettings, config: PeftConfig | None) -> Any:
     return SplitModelForCausalLM.from_pretrained(
         model,
         settings.trunk,
@@ -234,14 +280,19 @@ def _finish(
     return {"step": start.step}
 
 
-def _write_adapter(split: Any, out: Path) -> None:
+def write_adapter(split: Any, out: Path) -> None:
+    """Writes ``OUT/adapter``, in the place of one that was there.
+
+    Raises:
+        CheckpointError: If the disk refuses; one that was there is as it was.
+    """
     try:
         remove_leftovers(out)
         with replaced_folder(out / "adapter") as folder:
             split.save_pretrained(folder)
-    except TrunklineError:
-        raise  # of the trunk, and some are OSErrors too
-    except OSError as error:
+    except Exception as error:
+        if not is_of_the_disk(error):
+            raise
         raise CheckpointError(
             f"{out / 'adapter'}: was not written ({first_line(error)})"
         ) from error

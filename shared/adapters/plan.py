@@ -19,7 +19,7 @@ from peft.utils.constants import DUMMY_TARGET_MODULES
 from transformers import PreTrainedConfig
 
 from shared.adapters.config import check_config, config_to_json
-from shared.adapters.methods import check_parts, method_of
+from shared.adapters.methods import Method, check_parts, method_of
 from shared.adapters.wrap import present_modules
 from shared.errors import AdapterError
 from shared.models.parts import build_part
@@ -98,16 +98,10 @@ def plan_adapter(
         AdapterError: If the method cannot work on these parts, the two sides could not become one
             adapter, or nothing of the model would be adapted.
     """
-    method = method_of(config.peft_type)
-    check_config(config)
-    check_parts(method, parts)
-    if trunk_config is not None and trunk_config is not config:
-        _check_joinable(config, trunk_config)
+    method = check_adapter(config, trunk_config, parts)
     if method.name in ("PROMPT_TUNING", "P_TUNING"):
         return AdapterPlan(copy.deepcopy(config), None)
     if method.name == "PREFIX_TUNING":
-        if trunk_config is None:
-            raise AdapterError(f"{method.name} with a frozen trunk: {method.why_not}")
         return AdapterPlan(copy.deepcopy(config), copy.deepcopy(trunk_config))
     roles = _ROLES[parts]
     skeletons = {role: _skeleton(model, role, split) for role in _ROLES["all"]}
@@ -129,6 +123,30 @@ def plan_adapter(
         trunk = copy.deepcopy(trunk_config)
         trunk.modules_to_save = _saved_on(trunk_config, [skeletons["trunk"]])
     return AdapterPlan(client, trunk)
+
+
+def check_adapter(config: PeftConfig, trunk_config: PeftConfig | None, parts: str) -> Method:
+    """Refuses what no split of any model could have as its adapter; returns the method.
+
+    Args:
+        config: As of :func:`plan_adapter`.
+        trunk_config: As of :func:`plan_adapter`.
+        parts: As of :func:`plan_adapter`.
+
+    Raises:
+        AdapterError: If the method cannot work on these parts, or the two sides could not become
+            one adapter.
+    """
+    method = method_of(config.peft_type)
+    check_config(config)
+    check_parts(method, parts)
+    if trunk_config is not None and trunk_config is not config:
+        _check_joinable(config, trunk_config)
+    if method.name == "PREFIX_TUNING" and trunk_config is None:
+        raise AdapterError(f"{method.name} with a frozen trunk: {method.why_not}")
+    if parts == "trunk" and trunk_config is None and not config.modules_to_save:
+        raise AdapterError("an adapter of the trunk alone, and none on it, would adapt nothing")
+    return method
 
 
 def adapts_nothing(config: PeftConfig) -> bool:

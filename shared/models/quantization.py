@@ -10,7 +10,7 @@ NF4 is that of QLoRA (https://arxiv.org/abs/2305.14314), int8 that of LLM.int8()
 
 from __future__ import annotations
 
-import importlib
+import importlib.util
 import logging
 from typing import Any
 
@@ -24,6 +24,7 @@ from shared.errors import QuantizationError
 from shared.models.families import family_of
 
 QUANTIZATIONS = ("nf4", "int8")
+_NOT_INSTALLED = "quantisation needs bitsandbytes: pip install trunkline[quant]"
 
 
 def quantize(module: Any, kind: str) -> Any:
@@ -80,15 +81,17 @@ def prepare_loaded(module: Any) -> Any:
 
 
 def check_kind(kind: str) -> None:
-    """Refuses what is not a quantisation.
+    """Refuses what is not a quantisation, or cannot be done here.
 
     Raises:
-        QuantizationError: Names those accepted.
+        QuantizationError: Names those accepted, or what is not installed.
     """
     if kind not in QUANTIZATIONS:
         raise QuantizationError(
             f"quantization {kind!r} is not known; accepted: {', '.join(QUANTIZATIONS)}"
         )
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise QuantizationError(_NOT_INSTALLED)
 
 
 def shared_tensors(module: nn.Module) -> list[Any]:
@@ -115,9 +118,7 @@ def _bitsandbytes() -> Any:
     try:
         return importlib.import_module("bitsandbytes")
     except ImportError as error:
-        raise QuantizationError(
-            "quantisation needs bitsandbytes: pip install trunkline[quant]"
-        ) from error
+        raise QuantizationError(_NOT_INSTALLED) from error
 
 
 def _is_plain_linear(module: nn.Module) -> bool:

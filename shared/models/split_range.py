@@ -22,7 +22,7 @@ class SplitRange:
         Raises:
             SplitError: If the text is not two whole numbers joined by a colon.
         """
-        match = re.fullmatch(r"\s*(\d+)\s*:\s*(\d+)\s*", text)
+        match = re.fullmatch(r"\s*(\d{1,9})\s*:\s*(\d{1,9})\s*", text)
         if match is None:
             raise SplitError(f"split {text!r} is not START:END with two whole numbers, as in 2:10")
         return cls(int(match[1]), int(match[2]))
