@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -21,6 +22,8 @@ from shared.models.quantization import check_kind
 from trunk_service.limits import Limits
 
 _LIMITS = Limits()
+# As gRPC takes it: the scheme and the port may be left out.
+_COLLECTOR = re.compile(r"unix:\S+|(https?://)?(\[[^\s\]]+\]|[^\s/:\[\]]+)(:[0-9]{1,5})?/?")
 _MOST_THREADS = 1024
 _MOST = 2**31 - 1
 """Of what is counted."""
@@ -144,6 +147,13 @@ class TrunkSettings(BaseSettings):
         if ":" in host and not (host.startswith("[") and host.endswith("]")):
             # gRPC would take its port for a part of the address.
             raise ValueError(f"{value!r}: an IPv6 address is written as [ADDRESS]:PORT")
+        return value
+
+    @field_validator("otlp_endpoint")
+    @classmethod
+    def _collector(cls, value: str) -> str:
+        if value and not _COLLECTOR.fullmatch(value):
+            raise ValueError("accepted is http://HOST:PORT or https://HOST:PORT of a collector")
         return value
 
     @field_validator("split", "device")

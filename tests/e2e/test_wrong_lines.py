@@ -311,6 +311,7 @@ def test_rotary_positions_have_no_end() -> None:
         (["--onednn", "--dtype", "bfloat16"], "it is for plain float32 on a CPU"),
         (["--listen", "localhost"], "HOST:PORT"),
         (["--metrics", "localhost:x"], "HOST:PORT"),
+        (["--otlp-endpoint", "::::"], "--otlp-endpoint ::::: accepted is http://HOST:PORT"),
         (["--ready-file", "nowhere/ready.json"], "a file in a folder that exists"),
         (["--peft-methods", "magic"], "['magic'] are not among"),
         (["--bogus", "1"], "unrecognized arguments: --bogus 1"),
