@@ -15,7 +15,9 @@
     ├── RequestStateError (RuntimeError)    the request does not fit the session's state
     │   ├── UnknownRequestError
     │   ├── ReusedRequestError
-    │   └── StepConflictError
+    │   ├── StepConflictError
+    │   └── StaleStateError                 the trunk has another state of the client's adapters
+    ├── SharedWeightsError (RuntimeError)   the trunk's base weights would be written or read
     ├── AuthenticationError (PermissionError)   no certificate or token that is accepted
     ├── ModelMismatchError (RuntimeError)   client and trunk hold different models
     ├── ResourceExhaustedError (RuntimeError)   a budget is spent; try again later
@@ -82,6 +84,14 @@ class ReusedRequestError(RequestStateError):
 
 class StepConflictError(RequestStateError):
     """The step number is neither the committed one nor its successor."""
+
+
+class StaleStateError(RequestStateError):
+    """The trunk has another state of the client's adapters than the request means."""
+
+
+class SharedWeightsError(TrunklineError, RuntimeError):
+    """Base weights of the trunk's blocks cannot be written, and only read if the host allows it."""
 
 
 class AuthenticationError(TrunklineError, PermissionError):

@@ -1,0 +1,179 @@
+"""A matrix of the trunk's blocks as the client has it: shape, dtype and device, no numbers.
+
+Libraries that ask a base weight for its shape or move it find what they expect. What computes with
+the numbers (DoRA's norms, a copy for ``modules_to_save``) has them fetched, if the host allows it;
+what would write into them is refused, because the trunk's weights are shared by its tenants.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils._pytree import tree_map_only
+
+from shared.errors import SharedWeightsError
+
+aten = torch.ops.aten
+
+Fetch = Callable[[], torch.Tensor]
+"""Gives a matrix's numbers, or raises why it does not. Pickled with the model, if that is."""
+
+
+class RemoteTensor(torch.Tensor):
+    """A tensor of which only the description is here; see the module.
+
+    Args:
+        shape: Of the matrix.
+        dtype: Of the matrix.
+        device: Where the client computes; fetched numbers are put there.
+        fetch: Gives the numbers.
+    """
+
+    fetch: Fetch
+    _is_hf_initialized = True  # transformers' initialisation passes it by
+
+    @staticmethod
+    def __new__(
+        cls, shape: torch.Size, dtype: torch.dtype, device: torch.device, fetch: Fetch
+    ) -> RemoteTensor:
+        """Makes a tensor without storage."""
+        made: RemoteTensor = torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+            cls, shape, dtype=dtype, device=device
+        )
+        return made
+
+    def __init__(
+        self, shape: torch.Size, dtype: torch.dtype, device: torch.device, fetch: Fetch
+    ) -> None:
+        self.fetch = fetch
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Describes views and moves anew; fetches for whatever else reads.
+
+        Raises:
+            SharedWeightsError: If it would be written.
+        """
+        kwargs = kwargs or {}
+        if func in (aten.detach.default, aten.alias.default):
+            return args[0].like()
+        if func is aten._to_copy.default:
+            return args[0].like(kwargs.get("dtype"), kwargs.get("device"))
+        names = [argument.name for argument in func._schema.arguments]
+        given = dict(zip(names, args, strict=False)) | kwargs
+        for argument in func._schema.arguments:
+            writes = argument.alias_info is not None and argument.alias_info.is_write
+            if writes and isinstance(given.get(argument.name), cls):
+                raise _refusal(str(func))
+        if any(result.alias_info is not None for result in func._schema.returns):
+            return _views(func, args, kwargs)  # or a write into a view would go nowhere
+        return _computed(func, args, kwargs)
+
+    @property
+    def data(self) -> torch.Tensor:  # type: ignore[override]
+        """Another description of the same matrix."""
+        return self.detach()
+
+    @data.setter
+    def data(self, value: torch.Tensor) -> None:
+        # Not an operation that is dispatched; PiSSA, OLoRA and LoftQ put a residual here.
+        raise _refusal("an assignment to .data")
+
+    def value(self) -> torch.Tensor:
+        """Fetches the numbers, as an ordinary tensor.
+
+        Raises:
+            TrunklineError: If the trunk does not give them.
+        """
+        return self.fetch().to(self.device, self.dtype)
+
+    def like(
+        self, dtype: torch.dtype | None = None, device: torch.device | None = None
+    ) -> RemoteTensor:
+        """Describes the same matrix, in another dtype or elsewhere."""
+        return RemoteTensor(self.shape, dtype or self.dtype, device or self.device, self.fetch)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> torch.Tensor:
+        made = _of_kind(self, self.like())
+        made.fetch = copy.deepcopy(self.fetch, memo)  # of the copied model's own session
+        return memo.setdefault(id(self), made)  # type: ignore[no-any-return]
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        as_parameter = isinstance(self, nn.Parameter)
+        given = (self.shape, self.dtype, self.device, self.fetch, as_parameter, self.requires_grad)
+        return _again, given
+
+    def __repr__(self, **_: Any) -> str:  # type: ignore[override]
+        return f"RemoteTensor({tuple(self.shape)}, {self.dtype})"
+
+
+@dataclass(frozen=True)
+class _View:
+    """Fetches a matrix and looks at a part of it."""
+
+    func: Any
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    index: int | None
+    """Which of several results."""
+
+    def __call__(self) -> torch.Tensor:
+        found = _computed(self.func, self.args, self.kwargs)
+        return found if self.index is None else found[self.index]  # type: ignore[no-any-return]
+
+
+def _computed(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    args, kwargs = tree_map_only(RemoteTensor, RemoteTensor.value, (args, kwargs))
+    return func(*args, **kwargs)
+
+
+def _views(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    of = next(a for a in args if isinstance(a, RemoteTensor))
+    described = tree_map_only(RemoteTensor, _on_meta, (args, kwargs))
+    found = func(*described[0], **described[1])
+
+    def view(like: torch.Tensor, index: int | None = None) -> RemoteTensor:
+        return RemoteTensor(like.shape, like.dtype, of.device, _View(func, args, kwargs, index))
+
+    if isinstance(found, torch.Tensor):
+        return view(found)
+    return type(found)(view(like, index) for index, like in enumerate(found))
+
+
+def _on_meta(tensor: RemoteTensor) -> torch.Tensor:
+    return torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
+
+
+def remote_parameter(tensor: RemoteTensor, requires_grad: bool = False) -> nn.Parameter:
+    """A parameter that is a remote tensor."""
+    return nn.Parameter(tensor, requires_grad=requires_grad)
+
+
+def _of_kind(old: torch.Tensor, new: RemoteTensor) -> Any:
+    return remote_parameter(new, old.requires_grad) if isinstance(old, nn.Parameter) else new
+
+
+def _again(
+    shape: torch.Size,
+    dtype: torch.dtype,
+    device: torch.device,
+    fetch: Fetch,
+    as_parameter: bool,
+    requires_grad: bool,
+) -> torch.Tensor:
+    made = RemoteTensor(shape, dtype, device, fetch)
+    return remote_parameter(made, requires_grad) if as_parameter else made
+
+
+def _refusal(what: str) -> SharedWeightsError:
+    return SharedWeightsError(
+        f"{what} would write into a base matrix of the trunk's blocks, which its tenants share: "
+        "accepted are adapters whose own tensors hold what is trained"
+    )
