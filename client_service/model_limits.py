@@ -18,7 +18,8 @@ from shared.models.families import family_of
 
 def learned_positions(config: PreTrainedConfig) -> int | None:
     """How many positions a model has learned; None if it computes them."""
-    return int(config.max_position_embeddings) if family_of(config.model_type).zeroed else None
+    learns = family_of(config.model_type).learns_positions
+    return int(config.max_position_embeddings) if learns else None
 
 
 def virtual_tokens(adapter: PeftConfig | None) -> int:
@@ -61,11 +62,16 @@ def check_prompt(
         DataError: If no token can follow the prompt.
         InvalidInputError: If so many cannot.
     """
-    tokens, room = ids_BT.shape[1], config.max_position_embeddings - virtual
-    if not 0 < tokens < room:
+    tokens, positions = ids_BT.shape[1], learned_positions(config)
+    if not tokens:
+        raise DataError("a prompt of 0 tokens: accepted is 1 or more")
+    if positions is None:
+        return
+    room = positions - virtual
+    if tokens >= room:
         raise DataError(f"a prompt of {tokens} tokens: accepted are 1 to {room - 1}")
     # The last token is not read again, so it needs no position.
-    if learned_positions(config) is not None and new_tokens > room - tokens + 1:
+    if new_tokens > room - tokens + 1:
         raise InvalidInputError(
             f"--max-new-tokens {new_tokens}: the model has {room} positions and the prompt "
             f"{tokens} tokens; accepted are 1 to {room - tokens + 1}"

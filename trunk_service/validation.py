@@ -30,21 +30,23 @@ def check_forward(
     """
     check_values("hidden_states", request.hidden_BTD, info.hidden_size)
     batch, tokens, _ = request.hidden_BTD.shape
+    _check_past(request.past, batch, info)
+    cached_tokens += request.past_tokens
     total = cached_tokens + tokens
     if batch * tokens > max_tokens:
         raise TensorError(
             f"hidden_states hold {batch} x {tokens} tokens; this trunk accepts {max_tokens}"
         )
     # A packed row is longer than any of its texts; then the positions say what counts.
-    if request.position_ids is None and total + virtual_tokens > info.max_positions:
+    limit = info.position_limit
+    if request.position_ids is None and total + virtual_tokens > limit:
         raise TensorError(
-            f"{total + virtual_tokens} tokens are too long: the model has {info.max_positions} "
-            f"positions"
+            f"{total + virtual_tokens} tokens are too long: the model has {limit} positions"
         )
     if request.attention_mask is not None:
         _check_mask(request.attention_mask, batch, tokens, total)
     if request.position_ids is not None:
-        _check_positions(request.position_ids, batch, tokens, info.max_positions)
+        _check_positions(request.position_ids, batch, tokens, limit)
 
 
 def check_values(name: str, tensor: torch.Tensor, hidden_size: int) -> None:
@@ -62,6 +64,22 @@ def check_values(name: str, tensor: torch.Tensor, hidden_size: int) -> None:
         raise TensorError(f"{name} is {tensor.dtype}; accepted: a floating-point type, int8 blocks")
     if not bool(torch.isfinite(tensor).all()):
         raise TensorError(f"{name} holds NaN or Inf")
+
+
+def _check_past(past: tuple[torch.Tensor, ...], batch: int, info: TrunkInfo) -> None:
+    blocks = info.split.end - info.split.start
+    if not past:
+        return
+    shapes = {tuple(tensor.shape) for tensor in past}
+    shape = next(iter(shapes))
+    wide = len(shape) == 4 and shape[0] == batch and 0 < shape[2] <= info.max_positions
+    if len(past) != 2 * blocks or len(shapes) > 1 or not wide:
+        raise TensorError(
+            f"{len(past)} past tensors of shapes {sorted(shapes)[:2]}; accepted: keys and values "
+            f"[{batch}, heads, tokens, size of a head] of each of {blocks} blocks"
+        )
+    if not all(t.is_floating_point() and bool(torch.isfinite(t).all()) for t in past):
+        raise TensorError("past tensors are not all finite floating-point numbers")
 
 
 def _check_mask(mask: torch.Tensor, batch: int, tokens: int, total: int) -> None:

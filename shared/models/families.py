@@ -103,6 +103,11 @@ class Family:
         return name.removesuffix("PreTrainedModel")
 
     @property
+    def learns_positions(self) -> bool:
+        """Whether positions are rows of a table, which has an end; others are computed."""
+        return bool(self.zeroed)
+
+    @property
     def embedding_key(self) -> str:
         """Checkpoint key of the token embedding."""
         return f"{self.base}.{self.embedding}.weight"

@@ -12,8 +12,9 @@ from peft import LoraConfig, PeftModel
 from transformers import AutoModelForCausalLM
 
 from client_service import SplitModelForCausalLM
+from client_service.calls import ForwardCall
 from client_service.verify import VerifyPlan, verify
-from shared.errors import AdapterError, ProtocolError
+from shared.errors import AdapterError, ProtocolError, TensorError
 from shared.models import family_of
 from tests.conftest import Daemon
 from tests.models import VOCAB, save_tiny_model
@@ -88,6 +89,28 @@ def test_training_through_the_split_is_training_the_whole_model(
     assert found.max_abs_grad_diff <= 1e-5
     assert found.max_abs_adapter_diff <= 1e-4
     assert found.max_abs_grad_norm_diff <= 1e-5
+
+
+def test_rotary_positions_have_no_end(trunkd: Start, tmp_path: Path) -> None:
+    """As in transformers; a table of learned ones has one, and is refused by name."""
+    ids = torch.arange(3, 143)[None]
+    for family in ("llama", "gpt2"):
+        folder = save_tiny_model(family, tmp_path / family, num_hidden_layers=6)
+        daemon = trunkd("--model", str(folder), "--split", "2:4")
+        split: Any = SplitModelForCausalLM.from_pretrained(folder, daemon.address)
+        if family == "llama":
+            whole = AutoModelForCausalLM.from_pretrained(folder)
+            assert whole.config.max_position_embeddings < ids.shape[1]
+            with torch.no_grad():
+                assert torch.equal(split(ids).logits, whole(ids).logits)
+                made = split.generate(ids[:, :125], max_new_tokens=8, do_sample=False)
+                theirs = whole.generate(ids[:, :125], max_new_tokens=8, do_sample=False)
+                assert torch.equal(made, theirs)
+        else:
+            hidden = torch.zeros(1, ids.shape[1], 64)
+            with pytest.raises(TensorError, match="140 tokens are too long: the model has 128"):
+                split.remote_trunk.session.forward(hidden, ForwardCall())
+        split.remote_trunk.close()
 
 
 def losses(
