@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from shared.adapters.state_push import StatePush
 from shared.wire.formats import WireFormat
 
 
@@ -59,6 +60,20 @@ class ForwardCall:
     without_adapter: bool = False
     in_float32: bool = False
     """Travels in float32 both ways, whatever the session's format."""
+    state_version: int = 0
+    """Of the client's adapters; 0 means those that the session itself has."""
+    push: StatePush | None = None
+    """What changed of them."""
+    past: tuple[torch.Tensor, ...] = ()
+    """Keys and values [B, H, P, D/H] in turn, of every block, before the first token."""
+    adapter_names: tuple[str, ...] = ()
+    """One a row; empty for the active ones."""
+    attention: str = ""
+    """transformers' word for how it is computed; empty is the trunk's own way."""
+    autocast: torch.dtype | None = None
+    """What torch's autocast computes in, if it is on."""
+    dropout_key: bytes = b""
+    """Fixes every dropout mask, where dropout draws."""
 
 
 @dataclass(frozen=True)

@@ -54,13 +54,13 @@ def with_hole(
         InvalidInputError: If oneDNN is asked for in another dtype than float32.
     """
     family = checkpoint.family
-    config = _hole_config(checkpoint.config, split)
+    config = hole_config(checkpoint.config, split)
     config._name_or_path = checkpoint.source
     with no_init_weights():
         model = split_class(family.full_class, fused_loss)(config)
     base = getattr(model, family.base)
     block = RemoteBlock(remote, slot=split.start)
-    below, above = _own_layers(list(getattr(base, family.layers)), checkpoint, split)
+    below, above = own_layers(list(getattr(base, family.layers)), checkpoint, split)
     setattr(base, family.layers, GlobalLayers([*below, *above]))
     fill(model, checkpoint, dtype)
     model.tie_weights()
@@ -82,7 +82,7 @@ def with_hole(
     return model
 
 
-def _hole_config(config: PreTrainedConfig, split: SplitRange) -> PreTrainedConfig:
+def hole_config(config: PreTrainedConfig, split: SplitRange) -> PreTrainedConfig:
     """The whole model's configuration, with one layer for all of the trunk's."""
     trimmed = copy.deepcopy(config)
     count = config.num_hidden_layers
@@ -93,7 +93,7 @@ def _hole_config(config: PreTrainedConfig, split: SplitRange) -> PreTrainedConfi
     return trimmed
 
 
-def _own_layers(
+def own_layers(
     layers: list[Any], checkpoint: Checkpoint, split: SplitRange
 ) -> tuple[list[tuple[str, Any]], list[tuple[str, Any]]]:
     """The client's blocks under their global names, below and above the hole."""

@@ -72,6 +72,8 @@ class Journal:
     def record(self, message: pb.SessionRequest, tensors: Mapping[str, Packed]) -> None:
         """Notes a request that was answered; one that changes nothing is not kept."""
         kind = message.WhichOneof("body")
+        if message.forward.state_version or self._of_client(message):
+            return  # the client runs it again itself
         noted = {
             "forward": self._forward,
             "backward": self._backward,
@@ -109,6 +111,11 @@ class Journal:
         self.base_nbytes = self.nbytes
         for name, entries in caches.items():
             self._caches[name] = [self._keep(entry) for entry in entries]
+
+    def _of_client(self, message: pb.SessionRequest) -> bool:
+        """Whether it is a backward of a forward with the client's own adapters."""
+        is_backward = message.WhichOneof("body") == "backward"
+        return is_backward and message.backward.request_id not in self._held
 
     def _forward(self, message: pb.SessionRequest, tensors: Mapping[str, Packed]) -> None:
         body = message.forward

@@ -11,6 +11,7 @@ from transformers.cache_utils import CacheLayerMixin
 
 from client_service.calls import CacheEdit
 from client_service.remote_trunk import RemoteTrunk
+from client_service.trunk_function import Computed, TrunkFunction
 
 
 class RemoteCacheLayer(CacheLayerMixin):  # type: ignore[misc]
@@ -23,7 +24,7 @@ class RemoteCacheLayer(CacheLayerMixin):  # type: ignore[misc]
     is_sliding = False
     is_croppable = True
 
-    def __init__(self, trunk: RemoteTrunk) -> None:
+    def __init__(self, trunk: RemoteTrunk | TrunkFunction) -> None:
         super().__init__()
         self.cache_id = uuid.uuid4().hex
         self.is_initialized = True
@@ -31,8 +32,31 @@ class RemoteCacheLayer(CacheLayerMixin):  # type: ignore[misc]
         self._edits: list[CacheEdit] = []
         self.skipped = False
         """A forward with gradients went past this cache, which so lacks its tokens."""
-        finalizer = weakref.finalize(self, trunk.release, cache_id=self.cache_id)
-        finalizer.atexit = False
+        self.history: list[Computed] = []
+        """What it is filled from, if the trunk loses it."""
+        self._trunk = trunk
+        self._release_later()
+
+    def begin_with(self, tokens: int) -> None:
+        """Counts tokens of a prefix that come with the first forward."""
+        self._tokens = tokens
+
+    def renew(self) -> None:
+        """Takes another id, under which it is filled anew."""
+        self._finalizer()
+        self.cache_id = uuid.uuid4().hex
+        self._release_later()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> RemoteCacheLayer:
+        """A fork: a cache of its own, filled from the same history when it is used."""
+        made = type(self)(self._trunk)
+        made._tokens, made._edits = self._tokens, list(self._edits)
+        made.skipped, made.history = self.skipped, list(self.history)
+        return memo.setdefault(id(self), made)  # type: ignore[no-any-return]
+
+    def _release_later(self) -> None:
+        self._finalizer = weakref.finalize(self, self._trunk.release, cache_id=self.cache_id)
+        self._finalizer.atexit = False
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         """Does nothing: the tensors are the trunk's."""
@@ -69,7 +93,8 @@ class RemoteCacheLayer(CacheLayerMixin):  # type: ignore[misc]
         """Empties the trunk's cache before the next forward."""
         self._tokens = 0
         self.skipped = False
-        self._edits.append(CacheEdit(reset=True))
+        self._edits = [CacheEdit(reset=True)]
+        self.history = []
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
         """Makes rows ``beam_idx`` the batch."""

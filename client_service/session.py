@@ -5,8 +5,11 @@ Dimension letters: B batch, T tokens, S tokens with those in the cache, D model 
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Mapping
+from concurrent.futures import Future
+from typing import Any
 
 import torch
 
@@ -24,14 +27,17 @@ from client_service.journal import Entry
 from client_service.link import SessionLink
 from client_service.optimizer_spec import OptimizerSettings
 from client_service.turns import others_compute
+from shared.adapters.state_push import StatePush
 from shared.errors import (
+    InvalidInputError,
     ModelMismatchError,
     ResourceExhaustedError,
 )
 from shared.failpoints import reach
 from shared.pb.trunkline.v1 import trunk_pb2 as pb
-from shared.wire.dtypes import from_format
+from shared.wire.dtypes import from_format, to_wire
 from shared.wire.formats import Packed, WireFormat, pack
+from shared.wire.structures import write_structure, write_values
 
 Tensors = dict[str, torch.Tensor]
 
@@ -69,6 +75,8 @@ class TrunkSession:
         credentials: Credentials | None = None,
     ) -> None:
         self.terms = terms
+        self._opened_with = (address, terms, request_timeout_s, reconnect_timeout_s)
+        self._credentials = credentials
         self.activation_format = terms.activation_format
         self.gradient_format = terms.gradient_format
         """How hidden states and gradients travel from now on; may be changed between requests."""
@@ -82,6 +90,22 @@ class TrunkSession:
         )
         self.trainable_parameters = self._link.opened.trainable_parameters
         self._snapshot_at, self._snapshot_took_s = time.monotonic(), 0.0
+
+    def __getstate__(self) -> tuple[Any, ...]:
+        """What another one is opened with, where a model is copied or pickled.
+
+        Raises:
+            InvalidInputError: If it would have to carry credentials.
+        """
+        if self._credentials is not None:
+            raise InvalidInputError(
+                "a session with credentials given in code is neither copied nor pickled: accepted "
+                "are credentials named in the environment"
+            )
+        return self._opened_with
+
+    def __setstate__(self, state: tuple[Any, ...]) -> None:
+        self.__init__(*state)  # type: ignore[misc]
 
     @property
     def address(self) -> str:
@@ -114,6 +138,14 @@ class TrunkSession:
         Raises:
             TrunklineError: What the trunk answered, if it refused.
         """
+        return self.finish_forward(self.send_forward(hidden_BTD, call), hidden_BTD, call)
+
+    def send_forward(self, hidden_BTD: torch.Tensor, call: ForwardCall) -> Future[Answer]:
+        """Sends what :meth:`forward` asks; the trunk computes in the order of sending.
+
+        Raises:
+            TrunklineError: If the session is lost for good.
+        """
         if call.keep_graph and self._link.journal.quiet:
             self._shorten_journal()
         reach("client.forward.before")
@@ -123,6 +155,9 @@ class TrunkSession:
             tensors["attention_mask"] = _compact(call.attention_mask)
         if call.position_ids is not None:
             tensors["position_ids"] = call.position_ids.to(torch.int64)
+        if call.push is not None:
+            tensors |= {f"value/{i}": tensor for i, tensor in enumerate(call.push.tensors)}
+        tensors |= {f"past/{i}": tensor.contiguous() for i, tensor in enumerate(call.past)}
         body = pb.Forward(
             request_id=call.request_id,
             keep_graph=call.keep_graph,
@@ -135,10 +170,22 @@ class TrunkSession:
             adapter=call.adapter,
             without_adapter=call.without_adapter,
             answer_format=from_format(wire_format),
+            state_version=call.state_version,
+            state=_state(call.push),
+            adapter_names=call.adapter_names,
+            attention=call.attention,
+            dropout_key=call.dropout_key,
+            autocast=pb.DATA_TYPE_UNSPECIFIED if call.autocast is None else to_wire(call.autocast),
         )
+        return self._link.send(pb.SessionRequest(forward=body), tensors)
+
+    def finish_forward(
+        self, sent: Future[Answer], hidden_BTD: torch.Tensor, call: ForwardCall
+    ) -> ForwardReply:
+        """Waits for the answer to :meth:`send_forward`; raises what :meth:`forward` raises."""
         # Other forwards are no stage of a micro-batch: nothing else computes meanwhile.
-        ask = self._ask_in_turn if call.keep_graph else self._link.ask
-        answer = ask(pb.SessionRequest(forward=body), tensors)
+        with others_compute() if call.keep_graph else contextlib.nullcontext():
+            answer = self._link.wait(sent)
         reach("client.forward.after")
         output_BTD = answer.tensors["hidden_states"].to(hidden_BTD.device, hidden_BTD.dtype)
         result = answer.message.forward
@@ -176,6 +223,66 @@ class TrunkSession:
         if found is not None:
             found = found.to(gradient_BTD.device, gradient_BTD.dtype)
         return found, answer.message.backward.gradient_norm
+
+    def backward_of_values(
+        self,
+        gradient_BTD: torch.Tensor,
+        request_id: str,
+        need_input_gradient: bool,
+        values: list[str],
+        past: list[int],
+        keep_graph: bool,
+    ) -> tuple[torch.Tensor | None, Tensors, dict[int, torch.Tensor]]:
+        """Carries a gradient [B, T, D] back through a forward with the client's own adapters.
+
+        Args:
+            gradient_BTD: Of the loss, with respect to the forward's result.
+            request_id: Of the forward.
+            need_input_gradient: Whether the first result is wanted.
+            values: First names of those whose gradients are wanted.
+            past: Numbers of the past tensors whose gradients are wanted.
+            keep_graph: Whether the trunk keeps what it holds, for another backward.
+
+        Returns:
+            The gradient with respect to the forward's input, those of the values by name, without
+            those that the output does not depend on, and those of the past tensors by number.
+
+        Raises:
+            UnknownRequestError: If the trunk does not hold the forward any more.
+            TrunklineError: What else the trunk answered, if it refused.
+        """
+        reach("client.backward.before")
+        body = pb.Backward(
+            request_id=request_id,
+            need_input_gradient=need_input_gradient,
+            values=values,
+            past=past,
+            keep_graph=keep_graph,
+            answer_format=from_format(self.gradient_format),
+        )
+        tensors = {"gradient": pack(gradient_BTD, self.gradient_format, is_gradient=True)}
+        answer = self._ask_in_turn(pb.SessionRequest(backward=body), tensors)
+        reach("client.backward.after")
+        found = answer.tensors.pop("gradient", None)
+        if found is not None:
+            found = found.to(gradient_BTD.device, gradient_BTD.dtype)
+        of_values = {n: t for n, t in answer.tensors.items() if n.startswith("value/")}
+        of_past = {
+            int(n.removeprefix("past/")): t for n, t in answer.tensors.items() if n not in of_values
+        }
+        return found, _without("value/", of_values), of_past
+
+    def fetch(self, names: list[str]) -> tuple[Tensors, list[str]]:
+        """Reads base weights of the trunk's blocks; all vectors if none is named.
+
+        Returns:
+            Tensors by full name, and the names of the blocks' modules that are torch's ``Linear``.
+
+        Raises:
+            SharedWeightsError: If the host does not give them.
+        """
+        answer = self._link.ask(pb.SessionRequest(fetch=pb.Fetch(names=names)))
+        return answer.tensors, list(answer.message.fetch.linear_modules)
 
     def step(
         self, step: int, scale: float, optimizer: OptimizerSettings, adapter: str = ""
@@ -361,6 +468,17 @@ def _optimizer(settings: OptimizerSettings) -> pb.Optimizer:
         name=settings.name,
         hyperparameters=settings.hyperparameters,
         flags=settings.flags,
+    )
+
+
+def _state(push: StatePush | None) -> pb.AdapterState | None:
+    if push is None:
+        return None
+    return pb.AdapterState(
+        version=push.version,
+        since=push.since,
+        structure=None if push.structure is None else write_structure(push.structure),
+        values=write_values(push.values),
     )
 
 

@@ -30,6 +30,8 @@ def _backward(tenant: TenantSession, body: pb.Backward, tensors: translate.Tenso
     answer = tenant.backward(translate.backward_request(body, tensors))
     result = pb.BackwardResult(gradient_norm=answer.gradient_norm)
     gradient = {} if answer.gradient_BTD is None else {"gradient": answer.gradient_BTD}
+    gradient |= {f"value/{name}": tensor for name, tensor in answer.values.items()}
+    gradient |= {f"past/{number}": tensor for number, tensor in answer.past.items()}
     return pb.SessionResponse(backward=result), gradient
 
 
@@ -103,6 +105,12 @@ def _allocate(tenant: TenantSession, body: pb.Allocate, tensors: translate.Tenso
     return pb.SessionResponse(allocate=pb.AllocateResult()), {}
 
 
+def _fetch(tenant: TenantSession, body: pb.Fetch, tensors: translate.Tensors) -> Answer:
+    found = tenant.fetch(list(body.names))
+    result = pb.FetchResult(linear_modules=tenant.linear_modules)
+    return pb.SessionResponse(fetch=result), found
+
+
 def _named(kind: str, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {f"{kind}/{name}": tensor for name, tensor in tensors.items()}
 
@@ -119,4 +127,5 @@ HANDLERS: dict[str, Callable[[TenantSession, Any, translate.Tensors], Answer]] =
     "list_adapters": _list_adapters,
     "importance": _importance,
     "allocate": _allocate,
+    "fetch": _fetch,
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, fields
@@ -11,6 +12,7 @@ import torch
 from shared.errors import ReusedRequestError, UnknownRequestError
 from trunk_service.requests import ForwardRequest, HeldMode
 from trunk_service.room import Room
+from trunk_service.tenant_tree import TreeState
 
 
 @dataclass
@@ -25,6 +27,8 @@ class HeldRequest:
     output_BTD: torch.Tensor | None
     room: Room
     expires_at: float
+    state: TreeState | None = None
+    """The client's adapters that it was computed with; None of a session's own."""
 
     @property
     def mode(self) -> HeldMode:
@@ -79,6 +83,7 @@ class HeldRequests:
             (request.hidden_BTD, before.hidden_BTD),
             (request.attention_mask, before.attention_mask),
             (request.position_ids, before.position_ids),
+            *itertools.zip_longest(request.past, before.past),
         )
         return held if all(_equal(a, b) for a, b in pairs) else None
 
@@ -88,12 +93,14 @@ class HeldRequests:
         input_BTD: torch.Tensor,
         output_BTD: torch.Tensor | None,
         room: Room,
+        state: TreeState | None = None,
     ) -> HeldRequest:
         """Keeps a forward that there is room for."""
         expires_at = self._clock() + self._lease_s
-        held = HeldRequest(request, input_BTD, output_BTD, room, expires_at)
+        held = HeldRequest(request, input_BTD, output_BTD, room, expires_at, state)
         self._held[request.request_id] = held
-        self._used.add(request.request_id)
+        if state is None:
+            self._used.add(request.request_id)
         return held
 
     def get(self, request_id: str) -> HeldRequest:
@@ -148,7 +155,8 @@ class HeldRequests:
 
 
 def _plain(request: ForwardRequest) -> tuple[object, ...]:
-    tensors = ("hidden_BTD", "attention_mask", "position_ids")
+    # A push is known by its version; its tensors are not kept.
+    tensors = ("hidden_BTD", "attention_mask", "position_ids", "push", "past")
     return tuple(getattr(request, f.name) for f in fields(request) if f.name not in tensors)
 
 

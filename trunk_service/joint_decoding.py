@@ -167,7 +167,7 @@ class JointDecoding:
 
 def joinable(request: ForwardRequest) -> bool:
     """Whether a request is one for a single token whose mask is an ordinary one."""
-    if not request.cache_id or request.keep_graph or request.training:
+    if not request.cache_id or request.keep_graph or request.training or request.state_version:
         return False
     if request.hidden_BTD.ndim != 3 or request.hidden_BTD.shape[1] != 1:
         return False

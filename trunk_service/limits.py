@@ -20,6 +20,8 @@ class Limits:
     max_adapters_per_session: int = 8
     peft_methods: tuple[str, ...] = tuple(accepted_methods())
     """PEFT methods that tenants may use."""
+    serve_weights: bool = False
+    """Whether tenants may read base matrices of the blocks."""
     held_bytes: int = 4 * GIB
     """Autograd state and caches of all sessions."""
     session_held_bytes: int = 2 * GIB

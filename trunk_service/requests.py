@@ -10,6 +10,7 @@ from enum import Enum
 
 import torch
 
+from shared.adapters.state_push import StatePush
 from shared.wire.formats import Packed, WireFormat
 from trunk_service.optimizers import OptimizerSpec
 
@@ -72,6 +73,24 @@ class ForwardRequest:
     adapter: str = ""
     without_adapter: bool = False
     answer_format: WireFormat | None = None
+    state_version: int = 0
+    """Of the client's adapters; 0 means those that the session itself has."""
+    push: StatePush | None = None
+    past: tuple[torch.Tensor, ...] = ()
+    """Keys and values [B, H, P, D/H] in turn, of every block, before the first token."""
+    adapter_names: tuple[str, ...] = ()
+    """One a row; empty for the active ones."""
+    attention: str = ""
+    """transformers' word for how it is computed; empty is the trunk's own way."""
+    autocast: torch.dtype | None = None
+    """What torch's autocast computes in, if it is on."""
+    dropout_key: bytes = b""
+    """Fixes every dropout mask, where dropout draws."""
+
+    @property
+    def past_tokens(self) -> int:
+        """Tokens that stand before the first one."""
+        return int(self.past[0].shape[-2]) if self.past else 0
 
 
 class HeldMode(Enum):
@@ -107,6 +126,12 @@ class BackwardRequest:
     reset_gradients: bool = False
     penalty_gradient: float = 0.0
     answer_format: WireFormat | None = None
+    values: tuple[str, ...] = ()
+    """First names of the client's values whose gradients are wanted."""
+    past: tuple[int, ...] = ()
+    """Numbers of the past tensors whose gradients are wanted."""
+    keep_graph: bool = False
+    """Whether another backward will follow."""
 
 
 @dataclass(frozen=True)
@@ -114,8 +139,12 @@ class BackwardAnswer:
     """The gradient [B, T, D] with respect to a forward's input, if it was asked for."""
 
     gradient_BTD: Packed | None
-    gradient_norm: float
+    gradient_norm: float = 0.0
     """2-norm of the adapter's gradient accumulated since the last step."""
+    values: dict[str, Packed] = field(default_factory=dict)
+    """Gradients of the client's values, where the output depends on them."""
+    past: dict[int, Packed] = field(default_factory=dict)
+    """Gradients of the past tensors, by number."""
 
 
 @dataclass(frozen=True)

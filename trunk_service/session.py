@@ -11,13 +11,22 @@ import logging
 from dataclasses import replace
 
 import torch
+from transformers import DynamicCache
 
-from shared.errors import AdapterError, ProtocolError, ResourceExhaustedError, TensorError
+from shared.errors import (
+    AdapterError,
+    ProtocolError,
+    ResourceExhaustedError,
+    SharedWeightsError,
+    TensorError,
+    UnknownRequestError,
+)
 from shared.wire.formats import Packed, WireFormat, pack
 from trunk_service.adapter import TenantAdapter
 from trunk_service.adapters import SessionAdapters
 from trunk_service.budget import ByteBudget
 from trunk_service.caches import KeyValueCaches
+from trunk_service.client_state import ClientState
 from trunk_service.held import HeldRequest, HeldRequests
 from trunk_service.limits import Limits
 from trunk_service.packed_rows import PackedRows
@@ -35,6 +44,7 @@ from trunk_service.requests import (
     StepRequest,
 )
 from trunk_service.room import Room
+from trunk_service.tenant_tree import TreeState
 from trunk_service.transfer import to_device, to_host
 from trunk_service.trunk import Trunk
 from trunk_service.validation import check_forward, check_values
@@ -65,6 +75,9 @@ class TenantSession:
         self.adapters = SessionAdapters(trunk, limits, self.budget, quota, request.dropout)
         self.held = HeldRequests(limits.held_lease_s)
         self.caches = KeyValueCaches(trunk.config, trunk.info.dtype.itemsize, self.budget)
+        self._client: ClientState | None = None
+        """The client's own adapters, once it sent any."""
+        self._quota = quota
         # Last: what it reserves is given back by close() alone.
         self.adapters.add(AdapterRequest("", request.peft_config_json, request.seed))
 
@@ -73,6 +86,11 @@ class TenantSession:
         """Of the session's own adapter; 0 when it was removed."""
         own = dict(self.adapters.items()).get("")
         return 0 if own is None else own.trainable_parameters
+
+    @property
+    def linear_modules(self) -> list[str]:
+        """Full names of the blocks' modules that are torch's ``Linear``."""
+        return self._trunk.linear_modules()
 
     @property
     def holds_gradients(self) -> bool:
@@ -123,9 +141,10 @@ class TenantSession:
         Raises:
             TrunklineError: As :meth:`forward`; nothing was changed.
         """
-        if not self.joins(request.adapter, request.without_adapter):
+        if request.state_version or not self.joins(request.adapter, request.without_adapter):
             return None
         adapter = self._checked(request)
+        assert isinstance(adapter, TenantAdapter)
         rows = self.caches.pack(request.cache_id, request.cache_edits, request.hidden_BTD.shape[0])
         return None if rows is None else (adapter, self._input(request), rows)
 
@@ -151,7 +170,11 @@ class TenantSession:
             )
         if not abs(request.penalty_gradient) < float("inf"):
             raise TensorError(f"penalty_gradient {request.penalty_gradient} is not finite")
-        adapter = self._adapter_of(held.request)
+        if held.state is not None:
+            return self._backward_of_client(held, held.state, request)
+        adapter = self.adapters.get(held.request.adapter)
+        if held.request.without_adapter:
+            adapter = self.adapters.bare()
         if request.reset_gradients:
             adapter.drop_gradients()
         reserved = adapter.reserve_gradients(held.request.micro)
@@ -167,6 +190,83 @@ class TenantSession:
         if wanted and input_gradient is not None:
             answer = self._to_wire(input_gradient, request.answer_format, is_gradient=True)
         return BackwardAnswer(answer, adapter.gradients.norm())
+
+    def _backward_of_client(
+        self, held: HeldRequest, state: TreeState, request: BackwardRequest
+    ) -> BackwardAnswer:
+        """Carries a gradient back; what is found for the client's values is its own to keep."""
+        leaves = {name: leaf.tensor for name, leaf in state.leaves.items()}
+        if unknown := [name for name in request.values if name not in leaves]:
+            raise TensorError(f"the forward was computed without a value {unknown[0][:120]!r}")
+        past = held.request.past
+        if request.past and max(request.past) >= len(past):
+            raise TensorError(f"the forward had {len(past)} past tensors, not {max(request.past)}")
+        wanted: dict[str | int, torch.Tensor] = {number: past[number] for number in request.past}
+        wanted |= {n: leaves[n] for n in request.values if leaves[n].requires_grad}
+        inputs = list(wanted.values())
+        try:
+            found = self._client_gradients(held, state, inputs, request)
+        except OSError as error:
+            if held.mode is not HeldMode.OFFLOADED:
+                raise
+            logger.warning("an offloaded graph is computed again: %s", error)
+            held.give_up_graph()
+            found = self._client_gradients(held, state, inputs, request)
+        except BaseException:
+            held.give_up_graph()
+            raise
+        if not request.keep_graph:
+            self.held.drop(request.request_id)
+        hidden_BTD = found[0] if request.need_input_gradient else None
+        answer = None
+        if hidden_BTD is not None:
+            answer = self._to_wire(hidden_BTD, request.answer_format, is_gradient=True)
+        pairs = zip(wanted, found[1:], strict=True)
+        sent = {key: to_host(gradient) for key, gradient in pairs if gradient is not None}
+        return BackwardAnswer(
+            answer,
+            values={key: t for key, t in sent.items() if isinstance(key, str)},
+            past={key: t for key, t in sent.items() if isinstance(key, int)},
+        )
+
+    def _client_gradients(
+        self,
+        held: HeldRequest,
+        state: TreeState,
+        leaves: list[torch.Tensor],
+        request: BackwardRequest,
+    ) -> tuple[torch.Tensor | None, ...]:
+        output_BTD, client = held.output_BTD, self._client
+        assert client is not None
+        if output_BTD is None:
+            held.input_BTD.requires_grad_(True)
+            with torch.enable_grad(), client.at(state):
+                output_BTD = self._run(client, held.request, held.input_BTD)
+        inputs = [held.input_BTD, *leaves]
+        gradient_BTD = to_device(request.gradient_BTD, self._trunk.device, output_BTD.dtype)
+        return torch.autograd.grad(
+            output_BTD, inputs, gradient_BTD, retain_graph=request.keep_graph, allow_unused=True
+        )
+
+    def fetch(self, names: list[str]) -> dict[str, torch.Tensor]:
+        """Base weights of the blocks by full name; all vectors if none is named.
+
+        Raises:
+            SharedWeightsError: If there is none of a name, or it is a matrix and the host does not
+                serve its weights.
+        """
+        vectors = self._trunk.vectors()
+        for name in (n for n in names if n not in vectors):
+            if not self._limits.serve_weights:
+                raise SharedWeightsError(
+                    f"{name[:120]}: this trunk does not give its base matrices; its host would "
+                    f"have to start it with --serve-weights"
+                )
+        given = {name: vectors.get(name) for name in names or vectors}
+        return {
+            name: to_host(self._trunk.matrix(name) if vector is None else vector)
+            for name, vector in given.items()
+        }
 
     def step(self, request: StepRequest) -> StepAnswer:
         """Applies optimizer step ``committed + 1``, or answers ``committed`` again.
@@ -224,14 +324,20 @@ class TenantSession:
         self.held.drop_all()
         self.caches.drop_all()
         self.adapters.close()
+        if self._client is not None:
+            self._client.close()
 
-    def _checked(self, request: ForwardRequest) -> TenantAdapter:
+    def _checked(self, request: ForwardRequest) -> TenantAdapter | ClientState:
         """The adapter of a forward whose tensors and edits are acceptable."""
         adapter = self._adapter_of(request)
         cached = 0
         if request.cache_id:
             cached = self.caches.tokens(request.cache_id, request.cache_edits)
             cached = max(0, cached - adapter.virtual_tokens)
+            if cached and request.past:
+                raise ProtocolError(f"past tensors for a cache of {cached} tokens; accepted: none")
+            if request.cached_tokens and not cached and request.state_version:
+                raise UnknownRequestError(f"no cache {request.cache_id[:120]!r} of this session")
             if request.cached_tokens not in (None, cached):
                 raise ProtocolError(
                     f"cache {request.cache_id} has {cached} tokens, the client counts "
@@ -246,23 +352,37 @@ class TenantSession:
         )
         return adapter
 
-    def _adapter_of(self, request: ForwardRequest) -> TenantAdapter:
+    def _adapter_of(self, request: ForwardRequest) -> TenantAdapter | ClientState:
+        if request.state_version:
+            return self._client_at(request)
         return (
             self.adapters.bare() if request.without_adapter else self.adapters.get(request.adapter)
         )
 
-    def _forward_held(self, adapter: TenantAdapter, request: ForwardRequest) -> ForwardAnswer:
+    def _client_at(self, request: ForwardRequest) -> ClientState:
+        """The client's adapters, brought to the version that a forward means."""
+        client = self._client
+        if client is None:
+            client = ClientState(self._trunk, self._limits, self.budget, self._quota)
+        client.take(request.push, request.state_version)
+        self._client = client
+        return client
+
+    def _forward_held(
+        self, adapter: TenantAdapter | ClientState, request: ForwardRequest
+    ) -> ForwardAnswer:
         if (same := self.held.same(request)) is not None:
             output_BTD = self._output_again(adapter, same)
             answer = self._to_wire(output_BTD, request.answer_format)
             return ForwardAnswer(answer, same.mode, same.room.reserved_bytes)
         self.held.check_new(request.request_id)
-        boundary = request.hidden_BTD.nbytes
+        boundary = request.hidden_BTD.nbytes + sum(t.nbytes for t in request.past)
         batch, tokens, _ = request.hidden_BTD.shape
         graph = adapter.footprint.graph_bytes(batch, tokens)
         room = Room(self.budget, graph, boundary, self._trunk.offload)
         try:
             input_BTD = self._input(request)
+            request = replace(request, push=None, past=self._past(request, needs_grad=True))
             if room.keeps_graph:
                 input_BTD.requires_grad_(True)
             with torch.set_grad_enabled(room.keeps_graph), room.catch(adapter.base_tensors()):
@@ -272,10 +392,14 @@ class TenantSession:
         except BaseException:
             room.close()
             raise
-        held = self.held.add(request, input_BTD, output_BTD if room.keeps_graph else None, room)
+        state = adapter.state if isinstance(adapter, ClientState) else None
+        kept = output_BTD if room.keeps_graph else None
+        held = self.held.add(request, input_BTD, kept, room, state)
         return ForwardAnswer(answer, held.mode, room.reserved_bytes)
 
-    def _output_again(self, adapter: TenantAdapter, held: HeldRequest) -> torch.Tensor:
+    def _output_again(
+        self, adapter: TenantAdapter | ClientState, held: HeldRequest
+    ) -> torch.Tensor:
         if held.output_BTD is not None:
             return held.output_BTD
         with torch.no_grad():
@@ -311,19 +435,20 @@ class TenantSession:
         return torch.autograd.grad(output_BTD, inputs, gradient_BTD, allow_unused=True)
 
     def _run(
-        self, adapter: TenantAdapter, request: ForwardRequest, input_BTD: torch.Tensor
+        self, adapter: TenantAdapter | ClientState, request: ForwardRequest, input_BTD: torch.Tensor
     ) -> torch.Tensor:
         if not request.cache_id:
-            return adapter.run(request, input_BTD, None)
+            return adapter.run(request, input_BTD, _filled(DynamicCache(), request.past))
         batch, tokens, _ = input_BTD.shape
         if tokens == 1 and (rows := self._packed(request)) is not None:
             output_BTD = adapter.run(request, input_BTD, rows.extended())
             rows.commit()
             return output_BTD
         if not self.caches.tokens(request.cache_id, request.cache_edits):
-            tokens += adapter.virtual_tokens  # the prefix is cached with the first tokens
+            # The prefix is cached with the first tokens.
+            tokens += adapter.virtual_tokens + request.past_tokens
         past = self.caches.open(request.cache_id, request.cache_edits, batch, tokens)
-        return adapter.run(request, input_BTD, past)
+        return adapter.run(request, input_BTD, _filled(past, self._past(request)))
 
     def _packed(self, request: ForwardRequest) -> PackedRows | None:
         """The rows of a cache that is extended by one token and nothing else."""
@@ -334,6 +459,12 @@ class TenantSession:
         except ResourceExhaustedError:
             return None  # there may be room for the token, if not for more
 
+    def _past(self, request: ForwardRequest, needs_grad: bool = False) -> tuple[torch.Tensor, ...]:
+        """Keys and values before the first token, where the blocks are."""
+        device, dtype = self._trunk.device, self._trunk.info.dtype
+        moved = (to_device(tensor, device, dtype) for tensor in request.past)
+        return tuple(tensor.requires_grad_(needs_grad) for tensor in moved)
+
     def _input(self, request: ForwardRequest) -> torch.Tensor:
         return to_device(request.hidden_BTD, self._trunk.device, self._trunk.info.dtype)
 
@@ -341,3 +472,10 @@ class TenantSession:
         self, tensor: torch.Tensor, wire_format: WireFormat | None, is_gradient: bool = False
     ) -> Packed:
         return pack(tensor, wire_format or self._terms.wire_format, is_gradient, to_host)
+
+
+def _filled(cache: DynamicCache, past: tuple[torch.Tensor, ...]) -> DynamicCache | None:
+    """A cache with keys and values put before everything; None if nothing needs one."""
+    for index in range(len(past) // 2):
+        cache.update(past[2 * index], past[2 * index + 1], index)
+    return cache if past or cache.layers else None

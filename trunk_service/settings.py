@@ -101,6 +101,8 @@ class TrunkSettings(BaseSettings):
     """Most adapters of one session."""
     peft_methods: tuple[str, ...] = _LIMITS.peft_methods
     """PEFT methods that tenants may use, as PEFT writes them."""
+    serve_weights: bool = _LIMITS.serve_weights
+    """Let tenants read base matrices of the blocks, as PiSSA, OLoRA and merging need."""
     held_bytes: int = Field(default=_LIMITS.held_bytes, ge=1, le=_MOST_IN_ALL)
     """Autograd state and caches of all sessions."""
     session_held_bytes: int = Field(default=_LIMITS.session_held_bytes, ge=1, le=_MOST_IN_ALL)

@@ -7,10 +7,12 @@ from collections.abc import Mapping
 import torch
 
 from shared import __version__
+from shared.adapters.state_push import StatePush
 from shared.errors import AdapterError, ProtocolError
 from shared.pb.trunkline.v1 import trunk_pb2 as pb
-from shared.wire.dtypes import to_format, to_wire
+from shared.wire.dtypes import to_format, to_torch, to_wire
 from shared.wire.formats import WireFormat
+from shared.wire.structures import read_structure, read_values
 from trunk_service.limits import Limits
 from trunk_service.optimizers import KINDS, OptimizerSpec
 from trunk_service.requests import (
@@ -37,6 +39,8 @@ _FLOATING: dict[int, WireFormat] = {
     pb.DATA_TYPE_FLOAT16: WireFormat.FLOAT16,
     pb.DATA_TYPE_FLOAT64: WireFormat.FLOAT64,
 }
+
+_ATTENTIONS = ("", "eager", "sdpa")
 
 _HELD_MODES = {
     None: pb.HELD_MODE_UNSPECIFIED,
@@ -75,7 +79,11 @@ def forward_request(body: pb.Forward, tensors: Tensors) -> ForwardRequest:
         ProtocolError: If ``hidden_states`` are missing or a tensor is not known.
         TensorError: If the answer's format is unknown.
     """
-    _check_names(tensors, {"hidden_states"}, {"attention_mask", "position_ids"})
+    push = _push(body, tensors) if body.HasField("state") else None
+    more = {f"value/{i}" for i in range(len(push.values))} if push else set[str]()
+    past = [name for name in tensors if name.startswith("past/")]
+    more |= {f"past/{i}" for i in range(len(past))}
+    _check_names(tensors, {"hidden_states"} | more, {"attention_mask", "position_ids"})
     return ForwardRequest(
         hidden_BTD=tensors["hidden_states"],
         attention_mask=tensors.get("attention_mask"),
@@ -91,6 +99,13 @@ def forward_request(body: pb.Forward, tensors: Tensors) -> ForwardRequest:
         adapter=body.adapter,
         without_adapter=body.without_adapter,
         answer_format=to_format(body.answer_format),
+        state_version=body.state_version,
+        push=push,
+        past=tuple(tensors[f"past/{i}"] for i in range(len(past))),
+        adapter_names=tuple(body.adapter_names),
+        attention=_attention(body.attention),
+        autocast=_autocast(body.autocast),
+        dropout_key=body.dropout_key,
     )
 
 
@@ -109,6 +124,45 @@ def backward_request(body: pb.Backward, tensors: Tensors) -> BackwardRequest:
         reset_gradients=body.reset_gradients,
         penalty_gradient=body.penalty_gradient,
         answer_format=to_format(body.answer_format),
+        values=tuple(body.values),
+        past=tuple(body.past),
+        keep_graph=body.keep_graph,
+    )
+
+
+def _attention(word: str) -> str:
+    if word not in _ATTENTIONS:
+        raise ProtocolError(
+            f"attention {word[:80]!r} is not accepted: {' and '.join(_ATTENTIONS[1:])} are"
+        )
+    return word
+
+
+def _autocast(data_type: int) -> torch.dtype | None:
+    if not data_type:
+        return None
+    if data_type not in (pb.DATA_TYPE_BFLOAT16, pb.DATA_TYPE_FLOAT16):
+        raise ProtocolError(f"autocast to type {data_type}; accepted: bfloat16 and float16")
+    return to_torch(data_type)
+
+
+def _push(body: pb.Forward, tensors: Tensors) -> StatePush:
+    state = body.state
+    if not 0 <= state.since < state.version == body.state_version:
+        raise ProtocolError(
+            f"a state of version {state.version} after {state.since}, in a forward that means "
+            f"{body.state_version}"
+        )
+    values = read_values(state.values)
+    names = [f"value/{i}" for i in range(len(values))]
+    if missing := [name for name in names if name not in tensors]:
+        raise ProtocolError(f"{len(values)} values were announced, {missing[0]} is not there")
+    return StatePush(
+        state.version,
+        state.since,
+        read_structure(state.structure) if state.HasField("structure") else None,
+        values,
+        tuple(tensors[name] for name in names),
     )
 
 
@@ -192,7 +246,9 @@ def max_tensor_bytes(request: pb.SessionRequest, info: TrunkInfo, limits: Limits
     if kind in ("forward", "backward"):
         # Hidden states or a gradient in the widest wire dtype, and a full mask with positions.
         tokens = limits.max_tokens_per_request
-        return tokens * (info.hidden_size * 8 + info.max_positions * 4 + 16)
+        count = tokens * (info.hidden_size * 8 + info.max_positions * 4 + 16)
+        pushes = kind == "forward" and request.forward.HasField("state")
+        return count + limits.max_adapter_parameters * 4 * pushes
     if kind == "restore":
         return limits.max_adapter_parameters * 4 * (1 + _MOMENTS)
     # One number a singular value; AdaLoRA has far fewer of them than parameters.

@@ -9,21 +9,27 @@ from typing import Any
 
 import torch
 from peft import PeftConfig
+from torch import nn
 
 from shared.adapters.config import config_from_json
 from shared.adapters.methods import method_of
 from shared.adapters.numbers import largest_rank
 from shared.adapters.wrap import check_modules_to_save, wrap
-from shared.errors import AdapterError, ModelMismatchError
+from shared.errors import AdapterError, ModelMismatchError, SharedWeightsError
 from shared.models import SplitRange, get_part_class, load_part, open_checkpoint
 from shared.models.digest import weight_digest
 from shared.models.dropout import set_dropout
+from shared.models.families import family_of
 from shared.models.onednn import use_onednn
-from shared.models.quantization import check_kind, quantize, shared_tensors
+from shared.models.quantization import check_kind, dequantized, quantize, shared_tensors
 from shared.models.single_row import spread_single_rows
+from trunk_service.adapter_build import TreeLimits
 from trunk_service.limits import Limits
 from trunk_service.offload import OffloadArea
 from trunk_service.requests import AdapterRequest, OpenRequest
+from trunk_service.tenant_tree import TenantTree
+
+_MOST_POSITIONS = 2**31
 
 
 @dataclass(frozen=True)
@@ -38,6 +44,12 @@ class TrunkInfo:
     dtype: torch.dtype
     weight_digest: str
     quantization: str = ""
+
+    @property
+    def position_limit(self) -> int:
+        """One more than the largest position; rotary ones are computed, whatever their number."""
+        learns = family_of(self.model_type).learns_positions
+        return self.max_positions if learns else _MOST_POSITIONS
 
 
 class Trunk:
@@ -158,6 +170,32 @@ class Trunk:
         wrapped = wrap(model, config, request.seed, "trunk")
         self._check_size(sum(p.numel() for p in wrapped.parameters() if p.requires_grad), limits)
         return wrapped
+
+    def new_tree(self, limits: TreeLimits) -> TenantTree:
+        """Makes a tree for the adapters of one client around the shared weights."""
+        return TenantTree(self._part, limits)
+
+    def vectors(self) -> dict[str, torch.Tensor]:
+        """The blocks' norms and biases, by full name."""
+        return {n: p for n, p in self._part.named_parameters() if p.ndim < 2}
+
+    def matrix(self, name: str) -> torch.Tensor:
+        """A base matrix of the blocks by full name, in the dtype that is computed in.
+
+        Raises:
+            SharedWeightsError: If there is none of this name.
+        """
+        path, _, attribute = name.rpartition(".")
+        layers = dict(self._part.named_modules())
+        layer: Any = layers.get(path)
+        weight = None if layer is None else layer._parameters.get(attribute)
+        if weight is None:
+            raise SharedWeightsError(f"{name[:120]!r} is no base matrix of the trunk's blocks")
+        return dequantized(layer, weight).to(self.info.dtype)
+
+    def linear_modules(self) -> list[str]:
+        """Full names of the blocks' modules that are torch's ``Linear``."""
+        return [n for n, m in self._part.named_modules() if isinstance(m, nn.Linear)]
 
     def _check_adapter(self, config: PeftConfig, limits: Limits) -> None:
         """Refuses an adapter before PEFT allocates it."""

@@ -109,6 +109,19 @@ def shared_tensors(module: nn.Module) -> list[Any]:
     return found
 
 
+def dequantized(layer: Any, weight: torch.Tensor) -> torch.Tensor:
+    """The numbers that a layer's weight stands for; the layer is not changed.
+
+    PEFT's own ``dequantize_module_weight`` moves the state of an int8 layer, which is shared here.
+    """
+    if getattr(weight, "quant_state", None) is not None:
+        return _bitsandbytes().functional.dequantize_4bit(weight.data, weight.quant_state)  # type: ignore[attr-defined, no-any-return]
+    if weight.dtype is torch.int8:
+        scales = layer.state.SCB if layer.state.SCB is not None else layer.weight.SCB
+        return _bitsandbytes().functional.int8_vectorwise_dequant(weight.data, scales)  # type: ignore[no-any-return]
+    return weight
+
+
 def transposed(module: nn.Module) -> bool:
     """Tells what PEFT's ``fan_in_fan_out`` must be: whether linear layers are still ``Conv1D``."""
     return any(isinstance(m, Conv1D) for m in module.modules())

@@ -20,6 +20,8 @@ _TABLE: dict[int, type[errors.TrunklineError]] = {
     pb.ERROR_CODE_UNAUTHENTICATED: errors.AuthenticationError,
     pb.ERROR_CODE_UNKNOWN_SESSION: errors.UnknownSessionError,
     pb.ERROR_CODE_STALE_SESSION: errors.StaleSessionError,
+    pb.ERROR_CODE_STALE_STATE: errors.StaleStateError,
+    pb.ERROR_CODE_SHARED_WEIGHTS: errors.SharedWeightsError,
     pb.ERROR_CODE_INTERNAL: errors.TrunkInternalError,
 }
 

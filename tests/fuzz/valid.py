@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import json
 import random
@@ -9,10 +10,18 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from peft import LoraConfig, get_peft_model
+from torch import nn
 
+from client_service.adapter_structure import adapter_structure, adapter_tensors
+from shared.models.families import family_of
+from shared.models.split_range import SplitRange
 from shared.pb.trunkline.v1 import trunk_pb2 as pb
+from shared.skeleton import Fetch, skeleton_blocks
 from shared.wire.messages import to_frames
+from shared.wire.structures import write_structure, write_values
 from tests.fuzz.script import SESSION_ID
+from tests.models import tiny_model
 
 HIDDEN_SIZE = 64
 START, END = 2, 10
@@ -170,6 +179,30 @@ class Sequence:
         }
         self.send(pb.SessionRequest(allocate=pb.Allocate(last=self.rng.random() < 0.3)), kept)
 
+    def function(self) -> None:
+        """Adds forwards with the client's own adapter, a backward, a change, and a fetch."""
+        structure, values, tensors = client_adapter()
+        state = pb.AdapterState(version=1, structure=structure, values=values)
+        name, shape = f"f{next(self._requests)}", (1, self.rng.randrange(1, 5), HIDDEN_SIZE)
+        body = pb.Forward(request_id=name, keep_graph=True, state_version=1, state=state)
+        body.training = self.rng.random() < 0.5
+        body.attention = self.rng.choice(("", "sdpa", "eager"))
+        body.dropout_key = bytes(32)
+        pushed = {f"value/{i}": tensor for i, tensor in enumerate(tensors)}
+        self.send(pb.SessionRequest(forward=body), self._inputs(shape) | pushed)
+        wanted = [value.names[0] for value in values if value.requires_grad]
+        back = pb.Backward(request_id=name, need_input_gradient=True, values=wanted)
+        back.keep_graph = self.rng.random() < 0.3
+        self.send(pb.SessionRequest(backward=back), {"gradient": self._tensor(shape)})
+        change = pb.AdapterState(version=2, since=1, values=values[:1])
+        body = pb.Forward(cache_id="f", state_version=2, state=change)
+        pushed = {"value/0": tensors[0] * 0.5}
+        self.send(pb.SessionRequest(forward=body), self._inputs(shape, False) | pushed)
+        past = {f"past/{i}": self._tensor((1, 4, 3, 16)) for i in range(2 * (END - START))}
+        body = pb.Forward(state_version=2)
+        self.send(pb.SessionRequest(forward=body), self._inputs(shape, False) | past)
+        self.send(pb.SessionRequest(fetch=pb.Fetch()))
+
     def lora_weights(self) -> dict[str, torch.Tensor]:
         """The weights of this sequence's adapter, under the names they travel by."""
         return {
@@ -191,7 +224,28 @@ class Sequence:
         return torch.randn(shape, generator=generator) * 0.1
 
     _KINDS = (train_step, train_step, forward, backward, step, generate, release, snapshot,
-              restore, adapters, allocate)  # fmt: skip
+              restore, adapters, allocate, function, function)  # fmt: skip
+
+
+@functools.cache
+def client_adapter() -> tuple[pb.Structure, list[pb.Value], list[torch.Tensor]]:
+    """What a client with stock PEFT's LoRA on two layers of each block sends of it."""
+    whole = tiny_model("gpt2")
+    vectors = {n: p for n, p in whole.named_parameters() if p.ndim < 2}
+    family, split = family_of("gpt2"), SplitRange(START, END)
+    blocks = skeleton_blocks(whole.config, family, split, vectors, torch.float32, _no_matrices)
+    holder: Any = nn.ModuleDict({"h": nn.ModuleDict(blocks)})
+    config = LoraConfig(r=2, target_modules=["c_attn", "c_fc"], fan_in_fan_out=True)
+    model = get_peft_model(nn.ModuleDict({"transformer": holder}), config)
+    named = [(f"{family.layer_prefix}{name}", block) for name, block in blocks]
+    structure = adapter_structure(named, model.peft_config)
+    tensors = [(v, t) for v, t in adapter_tensors(named, torch.float32) if "lora" in v.names[0]]
+    values = write_values(value for value, _ in tensors)
+    return write_structure(structure), values, [tensor.detach() for _, tensor in tensors]
+
+
+def _no_matrices(name: str, transposed: bool) -> Fetch:
+    return lambda: torch.empty(0)  # LoRA computes with none
 
 
 def sequence(rng: random.Random) -> list[bytes]:

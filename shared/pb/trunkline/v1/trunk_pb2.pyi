@@ -93,6 +93,10 @@ class _ErrorCodeEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorCode.V
     """No session of this tenant has this id: never opened, freed, or another tenant's."""
     ERROR_CODE_STALE_SESSION: _ErrorCode.ValueType  # 15
     """Another connection has taken the session over (a higher epoch)."""
+    ERROR_CODE_STALE_STATE: _ErrorCode.ValueType  # 16
+    """The trunk has another state of the client's adapters than the forward means."""
+    ERROR_CODE_SHARED_WEIGHTS: _ErrorCode.ValueType  # 17
+    """The trunk's base weights would be written, or read where the host does not give them."""
 
 class ErrorCode(_ErrorCode, metaclass=_ErrorCodeEnumTypeWrapper): ...
 
@@ -127,6 +131,10 @@ ERROR_CODE_UNKNOWN_SESSION: ErrorCode.ValueType  # 14
 """No session of this tenant has this id: never opened, freed, or another tenant's."""
 ERROR_CODE_STALE_SESSION: ErrorCode.ValueType  # 15
 """Another connection has taken the session over (a higher epoch)."""
+ERROR_CODE_STALE_STATE: ErrorCode.ValueType  # 16
+"""The trunk has another state of the client's adapters than the forward means."""
+ERROR_CODE_SHARED_WEIGHTS: ErrorCode.ValueType  # 17
+"""The trunk's base weights would be written, or read where the host does not give them."""
 Global___ErrorCode: _TypeAlias = ErrorCode  # noqa: Y015
 
 class _SnapshotPart:
@@ -359,6 +367,7 @@ class SessionRequest(_message.Message):
     IMPORTANCE_FIELD_NUMBER: _builtins.int
     ALLOCATE_FIELD_NUMBER: _builtins.int
     CLOSE_FIELD_NUMBER: _builtins.int
+    FETCH_FIELD_NUMBER: _builtins.int
     DATA_FIELD_NUMBER: _builtins.int
     ACKNOWLEDGED_FIELD_NUMBER: _builtins.int
     id: _builtins.int
@@ -396,6 +405,8 @@ class SessionRequest(_message.Message):
     def allocate(self) -> Global___Allocate: ...
     @_builtins.property
     def close(self) -> Global___Close: ...
+    @_builtins.property
+    def fetch(self) -> Global___Fetch: ...
     def __init__(
         self,
         *,
@@ -414,14 +425,15 @@ class SessionRequest(_message.Message):
         importance: Global___Importance | None = ...,
         allocate: Global___Allocate | None = ...,
         close: Global___Close | None = ...,
+        fetch: Global___Fetch | None = ...,
         data: _builtins.bytes = ...,
         acknowledged: _builtins.int = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["add_adapter", b"add_adapter", "allocate", b"allocate", "backward", b"backward", "body", b"body", "close", b"close", "forward", b"forward", "importance", b"importance", "list_adapters", b"list_adapters", "open", b"open", "release", b"release", "remove_adapter", b"remove_adapter", "restore", b"restore", "snapshot", b"snapshot", "step", b"step"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["add_adapter", b"add_adapter", "allocate", b"allocate", "backward", b"backward", "body", b"body", "close", b"close", "fetch", b"fetch", "forward", b"forward", "importance", b"importance", "list_adapters", b"list_adapters", "open", b"open", "release", b"release", "remove_adapter", b"remove_adapter", "restore", b"restore", "snapshot", b"snapshot", "step", b"step"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["acknowledged", b"acknowledged", "add_adapter", b"add_adapter", "allocate", b"allocate", "backward", b"backward", "body", b"body", "close", b"close", "data", b"data", "forward", b"forward", "id", b"id", "importance", b"importance", "list_adapters", b"list_adapters", "open", b"open", "release", b"release", "remove_adapter", b"remove_adapter", "restore", b"restore", "snapshot", b"snapshot", "step", b"step", "tensors", b"tensors"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["acknowledged", b"acknowledged", "add_adapter", b"add_adapter", "allocate", b"allocate", "backward", b"backward", "body", b"body", "close", b"close", "data", b"data", "fetch", b"fetch", "forward", b"forward", "id", b"id", "importance", b"importance", "list_adapters", b"list_adapters", "open", b"open", "release", b"release", "remove_adapter", b"remove_adapter", "restore", b"restore", "snapshot", b"snapshot", "step", b"step", "tensors", b"tensors"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_body: _TypeAlias = _typing.Literal["open", "forward", "backward", "step", "release", "snapshot", "restore", "add_adapter", "remove_adapter", "list_adapters", "importance", "allocate", "close"]  # noqa: Y015
+    _WhichOneofReturnType_body: _TypeAlias = _typing.Literal["open", "forward", "backward", "step", "release", "snapshot", "restore", "add_adapter", "remove_adapter", "list_adapters", "importance", "allocate", "close", "fetch"]  # noqa: Y015
     _WhichOneofArgType_body: _TypeAlias = _typing.Literal["body", b"body"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_body) -> _WhichOneofReturnType_body | None: ...
 
@@ -447,6 +459,7 @@ class SessionResponse(_message.Message):
     IMPORTANCE_FIELD_NUMBER: _builtins.int
     ALLOCATE_FIELD_NUMBER: _builtins.int
     CLOSE_FIELD_NUMBER: _builtins.int
+    FETCH_FIELD_NUMBER: _builtins.int
     DATA_FIELD_NUMBER: _builtins.int
     id: _builtins.int
     data: _builtins.bytes
@@ -480,6 +493,8 @@ class SessionResponse(_message.Message):
     def allocate(self) -> Global___AllocateResult: ...
     @_builtins.property
     def close(self) -> Global___CloseResult: ...
+    @_builtins.property
+    def fetch(self) -> Global___FetchResult: ...
     def __init__(
         self,
         *,
@@ -499,13 +514,14 @@ class SessionResponse(_message.Message):
         importance: Global___ImportanceResult | None = ...,
         allocate: Global___AllocateResult | None = ...,
         close: Global___CloseResult | None = ...,
+        fetch: Global___FetchResult | None = ...,
         data: _builtins.bytes = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["add_adapter", b"add_adapter", "allocate", b"allocate", "backward", b"backward", "body", b"body", "close", b"close", "error", b"error", "forward", b"forward", "importance", b"importance", "list_adapters", b"list_adapters", "open", b"open", "release", b"release", "remove_adapter", b"remove_adapter", "restore", b"restore", "snapshot", b"snapshot", "step", b"step"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["add_adapter", b"add_adapter", "allocate", b"allocate", "backward", b"backward", "body", b"body", "close", b"close", "error", b"error", "fetch", b"fetch", "forward", b"forward", "importance", b"importance", "list_adapters", b"list_adapters", "open", b"open", "release", b"release", "remove_adapter", b"remove_adapter", "restore", b"restore", "snapshot", b"snapshot", "step", b"step"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["add_adapter", b"add_adapter", "allocate", b"allocate", "backward", b"backward", "body", b"body", "close", b"close", "data", b"data", "error", b"error", "forward", b"forward", "id", b"id", "importance", b"importance", "list_adapters", b"list_adapters", "open", b"open", "release", b"release", "remove_adapter", b"remove_adapter", "restore", b"restore", "snapshot", b"snapshot", "step", b"step", "tensors", b"tensors"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["add_adapter", b"add_adapter", "allocate", b"allocate", "backward", b"backward", "body", b"body", "close", b"close", "data", b"data", "error", b"error", "fetch", b"fetch", "forward", b"forward", "id", b"id", "importance", b"importance", "list_adapters", b"list_adapters", "open", b"open", "release", b"release", "remove_adapter", b"remove_adapter", "restore", b"restore", "snapshot", b"snapshot", "step", b"step", "tensors", b"tensors"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_body: _TypeAlias = _typing.Literal["open", "forward", "backward", "step", "release", "snapshot", "restore", "error", "add_adapter", "remove_adapter", "list_adapters", "importance", "allocate", "close"]  # noqa: Y015
+    _WhichOneofReturnType_body: _TypeAlias = _typing.Literal["open", "forward", "backward", "step", "release", "snapshot", "restore", "error", "add_adapter", "remove_adapter", "list_adapters", "importance", "allocate", "close", "fetch"]  # noqa: Y015
     _WhichOneofArgType_body: _TypeAlias = _typing.Literal["body", b"body"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_body) -> _WhichOneofReturnType_body | None: ...
 
@@ -621,7 +637,9 @@ Global___OpenResult: _TypeAlias = OpenResult  # noqa: Y015
 @_typing.final
 class Forward(_message.Message):
     """tensors: hidden_states [B, T, D]; optional attention_mask [B, S] or [B, 1, T, S]; optional
-    position_ids [B or 1, T].
+    position_ids [B or 1, T]; "value/0" … of `state`; "past/0", "past/1" … [B, H, P, D / H]: keys and
+    values, in turn, of the blocks in order, that stand before the first token (prefix tuning) and
+    are differentiated as the hidden states are.
     """
 
     DESCRIPTOR: _descriptor.Descriptor
@@ -637,6 +655,12 @@ class Forward(_message.Message):
     WITHOUT_ADAPTER_FIELD_NUMBER: _builtins.int
     ANSWER_FORMAT_FIELD_NUMBER: _builtins.int
     CACHED_TOKENS_FIELD_NUMBER: _builtins.int
+    STATE_VERSION_FIELD_NUMBER: _builtins.int
+    STATE_FIELD_NUMBER: _builtins.int
+    ADAPTER_NAMES_FIELD_NUMBER: _builtins.int
+    ATTENTION_FIELD_NUMBER: _builtins.int
+    AUTOCAST_FIELD_NUMBER: _builtins.int
+    DROPOUT_KEY_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     """Names the state kept for Backward; unused (empty) without keep_graph."""
     keep_graph: _builtins.bool
@@ -657,9 +681,28 @@ class Forward(_message.Message):
     """Tokens that the client counts in the cache, the operations applied, the new ones not. Another
     number than the trunk's is refused: a forward of one of them failed where the other counts it.
     """
+    state_version: _builtins.int
+    """The state of the client's adapters that the blocks are computed with. Another than the trunk's,
+    once `state` is taken, is answered ERROR_CODE_STALE_STATE: the client then sends all of it.
+    0 means the adapters that the session was opened with and was given by AddAdapter.
+    """
+    attention: _builtins.str
+    """How attention is computed: "eager" or "sdpa", transformers' words; empty is the trunk's own way."""
+    autocast: Global___DataType.ValueType
+    """Computes under torch's autocast with this type; unspecified is without."""
+    dropout_key: _builtins.bytes
+    """32 bytes that fix every dropout mask, where dropout draws; each block takes this and its index."""
     @_builtins.property
     def cache_ops(self) -> _containers.RepeatedCompositeFieldContainer[Global___CacheOp]:
         """Applied to that cache before the forward."""
+
+    @_builtins.property
+    def state(self) -> Global___AdapterState:
+        """What changed; absent changes nothing."""
+
+    @_builtins.property
+    def adapter_names(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Rows of the batch run with these adapters, one a row, as with PEFT's adapter_names=."""
 
     def __init__(
         self,
@@ -675,16 +718,352 @@ class Forward(_message.Message):
         without_adapter: _builtins.bool = ...,
         answer_format: Global___WireFormat.ValueType = ...,
         cached_tokens: _builtins.int | None = ...,
+        state_version: _builtins.int = ...,
+        state: Global___AdapterState | None = ...,
+        adapter_names: _abc.Iterable[_builtins.str] | None = ...,
+        attention: _builtins.str = ...,
+        autocast: Global___DataType.ValueType = ...,
+        dropout_key: _builtins.bytes = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_cached_tokens", b"_cached_tokens", "cached_tokens", b"cached_tokens"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_cached_tokens", b"_cached_tokens", "cached_tokens", b"cached_tokens", "state", b"state"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_cached_tokens", b"_cached_tokens", "adapter", b"adapter", "answer_format", b"answer_format", "cache_id", b"cache_id", "cache_ops", b"cache_ops", "cached_tokens", b"cached_tokens", "keep_graph", b"keep_graph", "micro", b"micro", "request_id", b"request_id", "step", b"step", "training", b"training", "without_adapter", b"without_adapter"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_cached_tokens", b"_cached_tokens", "adapter", b"adapter", "adapter_names", b"adapter_names", "answer_format", b"answer_format", "attention", b"attention", "autocast", b"autocast", "cache_id", b"cache_id", "cache_ops", b"cache_ops", "cached_tokens", b"cached_tokens", "dropout_key", b"dropout_key", "keep_graph", b"keep_graph", "micro", b"micro", "request_id", b"request_id", "state", b"state", "state_version", b"state_version", "step", b"step", "training", b"training", "without_adapter", b"without_adapter"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__cached_tokens: _TypeAlias = _typing.Literal["cached_tokens"]  # noqa: Y015
     _WhichOneofArgType__cached_tokens: _TypeAlias = _typing.Literal["_cached_tokens", b"_cached_tokens"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType__cached_tokens) -> _WhichOneofReturnType__cached_tokens | None: ...
 
 Global___Forward: _TypeAlias = Forward  # noqa: Y015
+
+@_typing.final
+class AdapterState(_message.Message):
+    """The parameters and buffers of the client's adapters in the trunk's blocks live at the client. The
+    trunk builds the same tree of PEFT's layers from names, and is sent values.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    VERSION_FIELD_NUMBER: _builtins.int
+    STRUCTURE_FIELD_NUMBER: _builtins.int
+    VALUES_FIELD_NUMBER: _builtins.int
+    SINCE_FIELD_NUMBER: _builtins.int
+    version: _builtins.int
+    """Of structure and values together; grows with every change."""
+    since: _builtins.int
+    """The version that this changes; another than the trunk's is answered ERROR_CODE_STALE_STATE.
+    0: this is all there is.
+    """
+    @_builtins.property
+    def structure(self) -> Global___Structure:
+        """Replaces the structure; absent leaves it."""
+
+    @_builtins.property
+    def values(self) -> _containers.RepeatedCompositeFieldContainer[Global___Value]:
+        """tensors: "value/0", "value/1" …, in this order."""
+
+    def __init__(
+        self,
+        *,
+        version: _builtins.int = ...,
+        structure: Global___Structure | None = ...,
+        values: _abc.Iterable[Global___Value] | None = ...,
+        since: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["structure", b"structure"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["since", b"since", "structure", b"structure", "values", b"values", "version", b"version"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___AdapterState: _TypeAlias = AdapterState  # noqa: Y015
+
+@_typing.final
+class Value(_message.Message):
+    """A tensor of the client's adapters, or a vector (a norm's weight, a bias) of the blocks themselves."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAMES_FIELD_NUMBER: _builtins.int
+    REQUIRES_GRAD_FIELD_NUMBER: _builtins.int
+    IS_BUFFER_FIELD_NUMBER: _builtins.int
+    requires_grad: _builtins.bool
+    is_buffer: _builtins.bool
+    @_builtins.property
+    def names(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Every place where it stands: a tensor that layers share has several."""
+
+    def __init__(
+        self,
+        *,
+        names: _abc.Iterable[_builtins.str] | None = ...,
+        requires_grad: _builtins.bool = ...,
+        is_buffer: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["is_buffer", b"is_buffer", "names", b"names", "requires_grad", b"requires_grad"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Value: _TypeAlias = Value  # noqa: Y015
+
+@_typing.final
+class Structure(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ADAPTERS_FIELD_NUMBER: _builtins.int
+    LAYERS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def adapters(self) -> _containers.RepeatedCompositeFieldContainer[Global___AdapterSpec]: ...
+    @_builtins.property
+    def layers(self) -> _containers.RepeatedCompositeFieldContainer[Global___LayerState]: ...
+    def __init__(
+        self,
+        *,
+        adapters: _abc.Iterable[Global___AdapterSpec] | None = ...,
+        layers: _abc.Iterable[Global___LayerState] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapters", b"adapters", "layers", b"layers"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Structure: _TypeAlias = Structure  # noqa: Y015
+
+@_typing.final
+class AdapterSpec(_message.Message):
+    """One adapter, as far as it is in the trunk's blocks. Modules are those of the blocks, named in
+    full; there are no patterns, files, functions or initialisations.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    @_typing.final
+    class RanksEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.int
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.int = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    @_typing.final
+    class AlphasEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.float
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.float = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    @_typing.final
+    class SettingsEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        @_builtins.property
+        def value(self) -> Global___Setting: ...
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: Global___Setting | None = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _typing.Literal["value", b"value"]  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    NAME_FIELD_NUMBER: _builtins.int
+    PEFT_TYPE_FIELD_NUMBER: _builtins.int
+    TARGET_MODULES_FIELD_NUMBER: _builtins.int
+    FEEDFORWARD_MODULES_FIELD_NUMBER: _builtins.int
+    MODULES_TO_SAVE_FIELD_NUMBER: _builtins.int
+    RANKS_FIELD_NUMBER: _builtins.int
+    ALPHAS_FIELD_NUMBER: _builtins.int
+    SETTINGS_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    peft_type: _builtins.str
+    @_builtins.property
+    def target_modules(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
+    @_builtins.property
+    def feedforward_modules(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
+    @_builtins.property
+    def modules_to_save(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
+    @_builtins.property
+    def ranks(self) -> _containers.ScalarMap[_builtins.str, _builtins.int]:
+        """By module, where it is not that of the settings."""
+
+    @_builtins.property
+    def alphas(self) -> _containers.ScalarMap[_builtins.str, _builtins.float]: ...
+    @_builtins.property
+    def settings(self) -> _containers.MessageMap[_builtins.str, Global___Setting]:
+        """Fields of PEFT's configuration."""
+
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        peft_type: _builtins.str = ...,
+        target_modules: _abc.Iterable[_builtins.str] | None = ...,
+        feedforward_modules: _abc.Iterable[_builtins.str] | None = ...,
+        modules_to_save: _abc.Iterable[_builtins.str] | None = ...,
+        ranks: _abc.Mapping[_builtins.str, _builtins.int] | None = ...,
+        alphas: _abc.Mapping[_builtins.str, _builtins.float] | None = ...,
+        settings: _abc.Mapping[_builtins.str, Global___Setting] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["alphas", b"alphas", "feedforward_modules", b"feedforward_modules", "modules_to_save", b"modules_to_save", "name", b"name", "peft_type", b"peft_type", "ranks", b"ranks", "settings", b"settings", "target_modules", b"target_modules"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___AdapterSpec: _TypeAlias = AdapterSpec  # noqa: Y015
+
+@_typing.final
+class Setting(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    FLAG_FIELD_NUMBER: _builtins.int
+    INTEGER_FIELD_NUMBER: _builtins.int
+    REAL_FIELD_NUMBER: _builtins.int
+    WORD_FIELD_NUMBER: _builtins.int
+    flag: _builtins.bool
+    integer: _builtins.int
+    real: _builtins.float
+    word: _builtins.str
+    """Of those that PEFT enumerates."""
+    def __init__(
+        self,
+        *,
+        flag: _builtins.bool = ...,
+        integer: _builtins.int = ...,
+        real: _builtins.float = ...,
+        word: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["flag", b"flag", "integer", b"integer", "kind", b"kind", "real", b"real", "word", b"word"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["flag", b"flag", "integer", b"integer", "kind", b"kind", "real", b"real", "word", b"word"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_kind: _TypeAlias = _typing.Literal["flag", "integer", "real", "word"]  # noqa: Y015
+    _WhichOneofArgType_kind: _TypeAlias = _typing.Literal["kind", b"kind"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_kind) -> _WhichOneofReturnType_kind | None: ...
+
+Global___Setting: _TypeAlias = Setting  # noqa: Y015
+
+@_typing.final
+class LayerState(_message.Message):
+    """What PEFT keeps in plain attributes of one layer."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    @_typing.final
+    class ScalingEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.float
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.float = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    @_typing.final
+    class OutsideEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.str
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.str = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    MODULE_FIELD_NUMBER: _builtins.int
+    ACTIVE_FIELD_NUMBER: _builtins.int
+    DISABLED_FIELD_NUMBER: _builtins.int
+    SCALING_FIELD_NUMBER: _builtins.int
+    DROPOUT_FIELD_NUMBER: _builtins.int
+    OUTSIDE_FIELD_NUMBER: _builtins.int
+    module: _builtins.str
+    disabled: _builtins.bool
+    dropout: _builtins.float
+    """Probability, of layers that have one."""
+    @_builtins.property
+    def active(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Adapters switched on, in order."""
+
+    @_builtins.property
+    def scaling(self) -> _containers.ScalarMap[_builtins.str, _builtins.float]:
+        """By adapter."""
+
+    @_builtins.property
+    def outside(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
+        """Digests of what the layer keeps outside parameters and buffers: both sides' must agree."""
+
+    def __init__(
+        self,
+        *,
+        module: _builtins.str = ...,
+        active: _abc.Iterable[_builtins.str] | None = ...,
+        disabled: _builtins.bool = ...,
+        scaling: _abc.Mapping[_builtins.str, _builtins.float] | None = ...,
+        dropout: _builtins.float | None = ...,
+        outside: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_dropout", b"_dropout", "dropout", b"dropout"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_dropout", b"_dropout", "active", b"active", "disabled", b"disabled", "dropout", b"dropout", "module", b"module", "outside", b"outside", "scaling", b"scaling"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__dropout: _TypeAlias = _typing.Literal["dropout"]  # noqa: Y015
+    _WhichOneofArgType__dropout: _TypeAlias = _typing.Literal["_dropout", b"_dropout"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__dropout) -> _WhichOneofReturnType__dropout | None: ...
+
+Global___LayerState: _TypeAlias = LayerState  # noqa: Y015
 
 @_typing.final
 class CacheOp(_message.Message):
@@ -832,6 +1211,9 @@ class Backward(_message.Message):
     RESET_GRADIENTS_FIELD_NUMBER: _builtins.int
     PENALTY_GRADIENT_FIELD_NUMBER: _builtins.int
     ANSWER_FORMAT_FIELD_NUMBER: _builtins.int
+    VALUES_FIELD_NUMBER: _builtins.int
+    PAST_FIELD_NUMBER: _builtins.int
+    KEEP_GRAPH_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     need_input_gradient: _builtins.bool
     """False when nothing below the trunk is trainable: no gradient is sent back."""
@@ -841,6 +1223,16 @@ class Backward(_message.Message):
     """Derivative of the loss with respect to the forward's penalty."""
     answer_format: Global___WireFormat.ValueType
     """How the answer travels; what is sent says so itself."""
+    keep_graph: _builtins.bool
+    """Keeps what is held, for another backward through the same graph."""
+    @_builtins.property
+    def values(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """First names of the values whose gradients are answered, as "value/NAME" where there is one."""
+
+    @_builtins.property
+    def past(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Numbers of the past tensors whose gradients are answered, as "past/NUMBER"."""
+
     def __init__(
         self,
         *,
@@ -849,10 +1241,13 @@ class Backward(_message.Message):
         reset_gradients: _builtins.bool = ...,
         penalty_gradient: _builtins.float = ...,
         answer_format: Global___WireFormat.ValueType = ...,
+        values: _abc.Iterable[_builtins.str] | None = ...,
+        past: _abc.Iterable[_builtins.int] | None = ...,
+        keep_graph: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["answer_format", b"answer_format", "need_input_gradient", b"need_input_gradient", "penalty_gradient", b"penalty_gradient", "request_id", b"request_id", "reset_gradients", b"reset_gradients"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["answer_format", b"answer_format", "keep_graph", b"keep_graph", "need_input_gradient", b"need_input_gradient", "past", b"past", "penalty_gradient", b"penalty_gradient", "request_id", b"request_id", "reset_gradients", b"reset_gradients", "values", b"values"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1375,6 +1770,56 @@ class AllocateResult(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___AllocateResult: _TypeAlias = AllocateResult  # noqa: Y015
+
+@_typing.final
+class Fetch(_message.Message):
+    """Reads base weights of the trunk's blocks."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAMES_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def names(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Parameters by full name, of which matrices are given only if the host serves its weights; empty
+        asks for all vectors (norms' weights, biases).
+        """
+
+    def __init__(
+        self,
+        *,
+        names: _abc.Iterable[_builtins.str] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["names", b"names"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Fetch: _TypeAlias = Fetch  # noqa: Y015
+
+@_typing.final
+class FetchResult(_message.Message):
+    """tensors: by full name, as the whole model has them."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    LINEAR_MODULES_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def linear_modules(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Full names of the blocks' modules that are torch's Linear, or what quantisation made of one."""
+
+    def __init__(
+        self,
+        *,
+        linear_modules: _abc.Iterable[_builtins.str] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["linear_modules", b"linear_modules"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___FetchResult: _TypeAlias = FetchResult  # noqa: Y015
 
 @_typing.final
 class Close(_message.Message):

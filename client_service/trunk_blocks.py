@@ -1,0 +1,300 @@
+"""The trunk's blocks in the client's model: the family's own classes, computed by the trunk.
+
+The first of them carries hidden states through all; the others hand on what it got.
+
+Dimension letters: B batch, T tokens, D model dimension.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import threading
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.utils.output_capturing import _active_collector
+
+from client_service.adapter_structure import (
+    adapter_structure,
+    adapter_tensors,
+    mixed_adapter_names,
+)
+from client_service.calls import ForwardCall
+from client_service.dropout_key import dropout_key, user_secret
+from client_service.remote_cache import RemoteCacheLayer
+from client_service.trunk_function import Adapters, TrunkFunction
+from shared.errors import AdapterError, ProtocolError, TensorError
+from shared.models.dropout import draws_dropout
+from shared.models.families import Family
+from shared.models.split_range import SplitRange
+
+_MADE_OF_OTHERS = frozenset(
+    {
+        "attention_mask",
+        "cache_position",
+        "causal_mask",
+        "encoder_attention_mask",
+        "encoder_hidden_states",
+        "inputs_embeds",
+        "layer_past",
+        "num_items_in_batch",
+        "output_hidden_states",
+        "position_embeddings",
+        "return_dict",
+        "use_cache",
+    }
+)
+"""Keywords of a block that the trunk makes itself of what it is sent, or that tell it nothing."""
+
+
+class Passage:
+    """From the trunk's blocks of one model to the trunk. A copy of the model has one of its own.
+
+    Args:
+        model: The client's model.
+        family: Of the model.
+        split: The trunk's blocks.
+        function: What computes them.
+        secret: Of dropout keys; None takes the user's own.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        family: Family,
+        split: SplitRange,
+        function: TrunkFunction,
+        secret: bytes | None = None,
+    ) -> None:
+        self._secret = secret
+        self._model, self._family, self._split = model, family, split
+        self.function = function
+        self._here = threading.local()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "_here"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._here = threading.local()
+
+    def blocks(self) -> list[tuple[str, nn.Module]]:
+        """The trunk's blocks by full name, and what else is an input of its function."""
+        base: Any = getattr(self._model, self._family.base)
+        layers = getattr(base, self._family.layers)._modules
+        found = [
+            (f"{self._family.layer_prefix}{i}", layers[str(i)])
+            for i in range(self._split.start, self._split.end)
+        ]
+        if (rotary := getattr(base, "rotary_emb", None)) is not None:
+            found.append((f"{self._family.base}.rotary_emb", rotary))
+        return found
+
+    def adapters(self) -> Adapters:
+        """The adapters in the blocks as they are now.
+
+        Raises:
+            AdapterError: If they cannot be had on a trunk.
+        """
+        blocks = self.blocks()
+        configs = getattr(self._model, "peft_config", None) or {}
+        tensors = adapter_tensors(blocks, self.function.dtype)
+        return adapter_structure(blocks, configs), tensors
+
+    def watch_mask(self) -> None:
+        """Remembers the attention mask of every forward of the base model, by thread.
+
+        Blocks are given the mask that transformers made of it; the trunk's own forward makes that
+        itself and needs the original.
+        """
+        base: Any = getattr(self._model, self._family.base)
+        base.register_forward_pre_hook(_RememberMask(self), with_kwargs=True)
+
+    def remember(self, mask: Any) -> None:
+        """Takes the mask of the forward that this thread is about to run."""
+        self._here.mask = mask
+
+    def through(
+        self,
+        hidden_BTD: torch.Tensor,
+        position_ids: torch.Tensor | None,
+        cache: Any,
+        training: bool,
+    ) -> torch.Tensor:
+        """Carries hidden states [B, T, D] through the trunk.
+
+        Raises:
+            AdapterError: If an adapter cannot be had on a trunk, or the call asks for what is not
+                sent.
+            ProtocolError: If there is a cache.
+            TensorError: If the attention mask is shorter or longer than the tokens.
+            TrunklineError: What the trunk answered, if it refused.
+        """
+        wanted = _active_collector.get()
+        if wanted:
+            raise AdapterError(f"{', '.join(wanted)} of the trunk's blocks are not sent")
+        past, layer = ((), None) if cache is None else self._cache_layer(cache)
+        cached = 0 if layer is None else layer.get_seq_length()
+        filled = cached and not past
+        if layer is not None and (layer.skipped or (filled and torch.is_grad_enabled())):
+            raise ProtocolError(
+                "gradients do not pass a cache of the trunk's blocks: run every forward that "
+                "fills or reads it under torch.no_grad()"
+            )
+        mask = self._mask(cached + hidden_BTD.shape[1])
+        names = mixed_adapter_names(self.blocks())
+        device = hidden_BTD.device.type
+        call = ForwardCall(
+            mask,
+            position_ids,
+            training=training,
+            past=past,
+            adapter_names=names,
+            attention=self._attention(),
+            dropout_key=self._dropout_key(training),
+            autocast=torch.get_autocast_dtype(device)
+            if torch.is_autocast_enabled(device)
+            else None,
+        )
+        if layer is None or torch.is_grad_enabled():
+            if layer is not None:
+                # In training the default configuration makes a cache that nothing reads.
+                layer.skipped = True
+            return self.function(hidden_BTD, call, self.adapters())
+        if filled and hidden_BTD.shape[1] == 1 and mask is not None and _hides_nothing(mask):
+            mask = None  # hides nothing from a single token, and would be longer with every one
+        edits = layer.take_edits(hidden_BTD.shape[1])
+        count = 0 if past else cached
+        call = replace(call, attention_mask=mask, cache_edits=edits, cached_tokens=count)
+        return self.function.forward_cached(hidden_BTD, call, self.adapters, layer)
+
+    def _dropout_key(self, training: bool) -> bytes:
+        """Drawn only where the trunk's blocks draw, or the client's generator would move alone."""
+        if not (training and any(draws_dropout(block) for _, block in self.blocks())):
+            return b""
+        return dropout_key(self._secret or user_secret())
+
+    def _attention(self) -> str:
+        config: Any = self._model.config
+        return str(config._attn_implementation)
+
+    def _cache_layer(self, cache: Any) -> tuple[tuple[torch.Tensor, ...], RemoteCacheLayer]:
+        """What stands for the trunk's own cache, in the place of its first block's.
+
+        Returns:
+            Keys and values that were put before everything (prefix tuning), in turn, the first
+            time; and the layer.
+        """
+        start, end = self._split.start, self._split.end
+        while len(cache.layers) < end:
+            cache.layers.append(cache.layer_class_to_replicate())
+        past: tuple[torch.Tensor, ...] = ()
+        if not isinstance(cache.layers[start], RemoteCacheLayer):
+            before = cache.layers[start:end]
+            if all(layer.get_seq_length() for layer in before):
+                past = tuple(t for layer in before for t in (layer.keys, layer.values))
+            made = RemoteCacheLayer(self.function)
+            made.begin_with(int(past[0].shape[-2]) if past else 0)
+            cache.layers[start] = made
+        found: RemoteCacheLayer = cache.layers[start]
+        return past, found
+
+    def _mask(self, total: int) -> torch.Tensor | None:
+        mask: torch.Tensor | None = getattr(self._here, "mask", None)
+        if mask is None:
+            return None
+        if mask.shape[-1] != total:
+            raise TensorError(f"attention_mask covers {mask.shape[-1]} tokens, there are {total}")
+        return mask if mask.ndim != 2 else mask.to(torch.bool)
+
+
+@dataclass(frozen=True)
+class _RememberMask:
+    """A hook that is copied and pickled with the model."""
+
+    passage: Passage
+
+    def __call__(self, base: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        given = _signature(type(base).forward).bind_partial(base, *args, **kwargs).arguments
+        self.passage.remember(given.get("attention_mask"))
+
+
+@functools.cache
+def _signature(function: Any) -> inspect.Signature:
+    return inspect.signature(function)
+
+
+class TrunkBlock:
+    """Mixed into the class of each of the trunk's blocks.
+
+    Attributes:
+        passage: Of the model; shared by its blocks.
+        first: Whether this block carries the hidden states.
+    """
+
+    passage: Passage
+    first: bool
+
+    # The trunk decides what it keeps of a forward: a checkpoint here would only send it twice.
+    gradient_checkpointing = property(lambda self: False, lambda self, value: None)
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        *args: Any,
+        past_key_values: Any = None,
+        position_ids: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> torch.Tensor:
+        """Returns the hidden states [B, T, D] behind the trunk.
+
+        Raises:
+            AdapterError: If a keyword is given that the trunk does not know.
+            TrunklineError: What :meth:`Passage.through` raises.
+        """
+        said = {n for n, value in kwargs.items() if value is not None and value is not False}
+        foreign = said - _MADE_OF_OTHERS
+        if foreign:
+            raise AdapterError(
+                f"{', '.join(sorted(foreign))} given to the trunk's blocks: accepted are the "
+                f"attention mask, positions and a cache"
+            )
+        if not self.first:
+            return hidden_states
+        if past_key_values is None:
+            # GPT-2 passes the cache by position, GPT-NeoX under its older name.
+            past_key_values = args[0] if args else kwargs.get("layer_past")
+        training: bool = self.training  # type: ignore[attr-defined]
+        return self.passage.through(hidden_states, position_ids, past_key_values, training)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Its class is made as the program runs, so pickle is told how."""
+        return _again, (type(self).__bases__[1],), self.__dict__
+
+
+def _hides_nothing(mask: torch.Tensor) -> bool:
+    return mask.dtype == torch.bool and bool(mask.all())
+
+
+_classes: dict[type, type] = {}
+
+
+def put_in_place(block: nn.Module, passage: Passage, first: bool) -> None:
+    """Makes a hollow block one that the trunk computes."""
+    block.__class__ = _trunk_class(type(block))
+    block.passage, block.first = passage, first  # type: ignore[assignment]
+
+
+def _trunk_class(plain: type) -> type:
+    if plain not in _classes:
+        body = {"__module__": plain.__module__, "__qualname__": plain.__qualname__}
+        _classes[plain] = type(plain.__name__, (TrunkBlock, plain), body)
+    return _classes[plain]
+
+
+def _again(plain: type) -> Any:
+    return object.__new__(_trunk_class(plain))

@@ -1,0 +1,202 @@
+"""The blocks with a client's own adapters: what makes them a function of what is sent.
+
+Parameters, gradients and optimizer are the client's. Here are the values that it sent last, in a
+module tree of its own, under a version number that every forward names.
+
+Dimension letters: B batch, T tokens, D model dimension.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from transformers import Cache
+
+from shared.adapters.state_push import StatePush
+from shared.errors import AdapterError, ProtocolError, StaleStateError
+from shared.models.dropout import draws_dropout
+from trunk_service.adapter_build import TreeLimits
+from trunk_service.budget import ByteBudget
+from trunk_service.footprint import measure_footprint
+from trunk_service.keyed_draws import KEY_BYTES, keyed_draws
+from trunk_service.limits import Limits
+from trunk_service.quotas import TenantQuota
+from trunk_service.requests import ForwardRequest
+from trunk_service.tenant_tree import TenantTree, TreeState
+from trunk_service.trunk import Trunk
+
+
+class ClientState:
+    """One client's adapters in the blocks, as it sent them last.
+
+    Args:
+        trunk: The shared blocks.
+        limits: What a tenant may use.
+        budget: The session's byte budget.
+        quota: What all sessions of the tenant may hold.
+    """
+
+    virtual_tokens = 0
+    """Prefixes come with the client's forwards."""
+
+    def __init__(
+        self, trunk: Trunk, limits: Limits, budget: ByteBudget, quota: TenantQuota
+    ) -> None:
+        self._trunk, self._budget, self._quota = trunk, budget, quota
+        self._limits = TreeLimits(
+            limits.max_adapters_per_session, limits.max_adapter_rank, limits.max_adapter_parameters
+        )
+        self._tree = trunk.new_tree(self._limits)
+        free = limits.peft_methods == Limits().peft_methods
+        self._methods = None if free else frozenset(limits.peft_methods)
+        """Those that the host has said it accepts; None if it has said nothing."""
+        self._attention = trunk.config._attn_implementation
+        self._bytes = self._numbers = 0
+        self.version = 0
+        """Of the values that are here; 0 before any came."""
+        self._measure()
+
+    @property
+    def state(self) -> TreeState:
+        """What a forward that is computed now is computed with."""
+        return self._tree.state
+
+    def base_tensors(self) -> Iterator[torch.Tensor]:
+        """Weights and buffers: what a graph refers to and does not hold."""
+        yield from self._tree.model.parameters()
+        yield from self._tree.model.buffers()
+
+    def take(self, push: StatePush | None, version: int) -> None:
+        """Brings the adapters to the version that a forward means.
+
+        Raises:
+            StaleStateError: If what is here is another one; nothing was changed.
+            AdapterError: If an adapter is refused, or the two sides' trees differ; as before.
+            ResourceExhaustedError: If it is larger than what is left; as before.
+        """
+        if push is None or push.version == self.version:
+            if version != self.version:
+                raise StaleStateError(
+                    f"the forward means version {version} of the client's adapters; here is "
+                    f"{self.version}"
+                )
+            return
+        if push.version != version:
+            raise ProtocolError(f"version {version} is meant, {push.version} was sent")
+        if push.since and push.since != self.version:
+            raise StaleStateError(
+                f"a change of version {push.since} of the client's adapters; here is {self.version}"
+            )
+        self._check_methods(push)
+        tree, state = self._tree, self._tree.state
+        self._reserve(push)
+        try:
+            if self._tree.state.built is not state.built:
+                self._measure()
+        except BaseException:
+            tree.restore(state)
+            self._tree = tree
+            self._account(tree)
+            raise
+        self.version = push.version
+
+    def run(
+        self, request: ForwardRequest, input_BTD: torch.Tensor, past: Cache | None
+    ) -> torch.Tensor:
+        """Runs the blocks on hidden states [B, T, D].
+
+        Raises:
+            ProtocolError: If dropout draws, and the request has no key for it.
+        """
+        device, tree = self._trunk.device, self._tree
+        tree.train(request.training)
+        mask = request.attention_mask
+        if mask is not None:
+            # An additive mask must have the dtype that attention is computed in.
+            dtype = self._trunk.info.dtype if mask.is_floating_point() else mask.dtype
+            mask = mask.to(device, dtype)
+        positions = request.position_ids
+        tree.model.config._attn_implementation = request.attention or self._attention
+        cast = torch.autocast(device.type, request.autocast, enabled=request.autocast is not None)
+        draws: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
+        if request.training and draws_dropout(tree.model):
+            draws = keyed_draws(tree.model, request.dropout_key, device)
+        with tree.mixed(request.adapter_names), cast, draws:
+            output: Any = tree.model(
+                inputs_embeds=input_BTD,
+                attention_mask=mask,
+                position_ids=None if positions is None else positions.to(device),
+                past_key_values=past,
+                use_cache=request.cache_id != "",
+            )
+        hidden_BTD: torch.Tensor = output.last_hidden_state.to(input_BTD.dtype)
+        return hidden_BTD
+
+    @contextlib.contextmanager
+    def at(self, state: TreeState) -> Iterator[None]:
+        """Computes with earlier values, while it lasts."""
+        now = self._tree.state
+        self._tree.restore(state)
+        try:
+            yield
+        finally:
+            self._tree.restore(now)
+
+    def penalty(self) -> tuple[float, int]:
+        """None: what a loss adds for its adapters is the client's."""
+        return 0.0, 0
+
+    def close(self) -> None:
+        """Frees the values."""
+        self._tree = self._trunk.new_tree(self._limits)
+        self._account(self._tree)
+        self.version = 0
+
+    def _check_methods(self, push: StatePush) -> None:
+        for spec in push.structure.adapters if push.structure else ():
+            if self._methods is not None and spec.peft_type not in self._methods:
+                raise AdapterError(
+                    f"this trunk does not accept {spec.peft_type[:80]}; accepted: "
+                    f"{', '.join(sorted(self._methods))}"
+                )
+
+    def _reserve(self, push: StatePush) -> None:
+        """Updates the tree, and counts it; on an error it is as it was."""
+        before, tree = self._tree.state, self._tree
+        if not push.since:
+            tree = self._trunk.new_tree(self._limits)
+        tree.update(push.structure, push.values, push.tensors)
+        try:
+            self._account(tree)
+        except BaseException:
+            if tree is self._tree:
+                tree.restore(before)
+            raise
+        self._tree = tree
+
+    def _account(self, tree: TenantTree) -> None:
+        """Counts a tree in the place of the one before."""
+        numbers = sum(tensor.numel() for tensor in tree.parameters)
+        more, more_bytes = numbers - self._numbers, tree.nbytes - self._bytes
+        if more > 0:
+            self._quota.reserve_parameters(more)
+        try:
+            if more_bytes > 0:
+                self._budget.reserve(more_bytes)
+        except BaseException:
+            self._quota.release_parameters(max(0, more))
+            raise
+        self._quota.release_parameters(max(0, -more))
+        self._budget.release(max(0, -more_bytes))
+        self._numbers, self._bytes = numbers, tree.nbytes
+
+    def _measure(self) -> None:
+        info, model = self._trunk.info, self._tree.model
+        self._tree.train(True)
+        with keyed_draws(model, bytes(KEY_BYTES), self._trunk.device):
+            self.footprint = measure_footprint(model, info.hidden_size, info.dtype)
+        # Some methods move their values in a forward, which would move them here alone.
+        self._tree.check_unwritten()
