@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import inspect
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -26,8 +27,8 @@ from client_service.calls import ForwardCall
 from client_service.dropout_key import dropout_key, user_secret
 from client_service.remote_cache import RemoteCacheLayer
 from client_service.trunk_function import Adapters, TrunkFunction
+from shared.adapters.structure import draws, dropout_of, own_dropout
 from shared.errors import AdapterError, ProtocolError, TensorError
-from shared.models.dropout import draws_dropout
 from shared.models.families import Family
 from shared.models.split_range import SplitRange
 
@@ -136,6 +137,8 @@ class Passage:
         wanted = _active_collector.get()
         if wanted:
             raise AdapterError(f"{', '.join(wanted)} of the trunk's blocks are not sent")
+        training = self._draws(training)
+        adapters = functools.cache(self.adapters)
         past, layer = ((), None) if cache is None else self._cache_layer(cache)
         cached = 0 if layer is None else layer.get_seq_length()
         filled = cached and not past
@@ -154,7 +157,7 @@ class Passage:
             past=past,
             adapter_names=names,
             attention=self._attention(),
-            dropout_key=self._dropout_key(training),
+            dropout_key=self._dropout_key(training, adapters),
             autocast=torch.get_autocast_dtype(device)
             if torch.is_autocast_enabled(device)
             else None,
@@ -163,17 +166,36 @@ class Passage:
             if layer is not None:
                 # In training the default configuration makes a cache that nothing reads.
                 layer.skipped = True
-            return self.function(hidden_BTD, call, self.adapters())
+            return self.function(hidden_BTD, call, adapters())
         if filled and hidden_BTD.shape[1] == 1 and mask is not None and _hides_nothing(mask):
             mask = None  # hides nothing from a single token, and would be longer with every one
         edits = layer.take_edits(hidden_BTD.shape[1])
         count = 0 if past else cached
         call = replace(call, attention_mask=mask, cache_edits=edits, cached_tokens=count)
-        return self.function.forward_cached(hidden_BTD, call, self.adapters, layer)
+        return self.function.forward_cached(hidden_BTD, call, adapters, layer)
 
-    def _dropout_key(self, training: bool) -> bytes:
+    def _draws(self, training: bool) -> bool:
+        """The mode of the blocks' dropout layers; without any, that of the blocks.
+
+        Raises:
+            AdapterError: If some are in training mode and some are not.
+        """
+        modes = {
+            module.training
+            for _, block in self.blocks()
+            for module in block.modules()
+            if dropout_of(module) or own_dropout(module)
+        }
+        if len(modes) > 1:
+            raise AdapterError(
+                "some dropout layers of the trunk's blocks are in training mode and some are not: "
+                "accepted is one mode for all, as model.train() and model.eval() set it"
+            )
+        return modes.pop() if modes else training
+
+    def _dropout_key(self, training: bool, adapters: Callable[[], Adapters]) -> bytes:
         """Drawn only where the trunk's blocks draw, or the client's generator would move alone."""
-        if not (training and any(draws_dropout(block) for _, block in self.blocks())):
+        if not (training and draws(adapters()[0])):
             return b""
         return dropout_key(self._secret or user_secret())
 

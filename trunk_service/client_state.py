@@ -16,8 +16,8 @@ import torch
 from transformers import Cache
 
 from shared.adapters.state_push import StatePush
+from shared.adapters.structure import Structure, draws
 from shared.errors import AdapterError, ProtocolError, StaleStateError
-from shared.models.dropout import draws_dropout
 from trunk_service.adapter_build import TreeLimits
 from trunk_service.budget import ByteBudget
 from trunk_service.footprint import measure_footprint
@@ -121,10 +121,10 @@ class ClientState:
         positions = request.position_ids
         tree.model.config._attn_implementation = request.attention or self._attention
         cast = torch.autocast(device.type, request.autocast, enabled=request.autocast is not None)
-        draws: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
-        if request.training and draws_dropout(tree.model):
-            draws = keyed_draws(tree.model, request.dropout_key, device)
-        with tree.mixed(request.adapter_names), cast, draws:
+        keyed: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
+        if request.training and draws(Structure(layers=tree.state.layers)):
+            keyed = keyed_draws(tree.model, request.dropout_key, device)
+        with tree.mixed(request.adapter_names), cast, keyed:
             output: Any = tree.model(
                 inputs_embeds=input_BTD,
                 attention_mask=mask,

@@ -85,9 +85,12 @@ class _Draws(TorchDispatchMode):
         kwargs = kwargs or {}
         if torch.Tag.nondeterministic_seeded in func.tags:
             names = [argument.name for argument in func._schema.arguments]
+            if "generator" not in names and hasattr(func.overloadpacket, "generator"):
+                func = func.overloadpacket.generator  # as torch.rand has it
+                names.append("generator")
             given = dict(zip(names, args, strict=False)) | kwargs
             if "generator" in names:
                 kwargs = kwargs | {"generator": given.get("generator") or self._generator}
-            elif given.get("dropout_p") != 0:
+            elif "dropout_p" not in names or given.get("dropout_p", 0.0) != 0:
                 raise ProtocolError(f"{func} draws from no generator that could be keyed")
         return func(*args, **kwargs)

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 from peft import (
+    LoHaConfig,
     LoraConfig,
     OFTConfig,
     PeftModel,
@@ -431,6 +432,37 @@ def test_dropout_repeats_however_the_trunk_holds_a_forward(
     assert again == losses
     torch.manual_seed(9)
     assert trained(model) != losses
+
+
+def test_what_a_method_drops_by_itself_is_keyed_too(
+    trunkd: Start, split_of: Open, tmp_path: Path
+) -> None:
+    """LoHa's layers draw in their forward, and have no dropout layer."""
+    folder = save_tiny_model("llama", tmp_path / "model", num_hidden_layers=4)
+    daemon = trunkd("--model", str(folder), "--split", "1:3")
+    config = LoHaConfig(r=4, rank_dropout=0.5, target_modules=["q_proj"], init_weights=False)
+    models = [adapted(split_of(folder, daemon.address), config) for _ in range(2)]
+    losses = []
+    for model in models:
+        torch.manual_seed(8)
+        losses.append(trained(model))
+    assert losses[0] == losses[1]
+    assert_same(*models)
+
+
+def test_dropout_layers_in_other_modes_are_refused(
+    gpt2: Path, trunkd: Start, split_of: Open
+) -> None:
+    daemon = trunkd("--model", str(gpt2), "--split", "1:3")
+    model = adapted(split_of(gpt2, daemon.address), lora(gpt2, lora_dropout=0.3)).eval()
+    batch = next(batches(1))
+    dropout = "base_model.model.transformer.h.1.attn.c_attn.lora_dropout.default"
+    with torch.no_grad():
+        quiet = model(**batch).logits
+        model.get_submodule(dropout).train()
+        with pytest.raises(AdapterError, match="accepted is one mode for all"):
+            model(**batch)
+        assert torch.equal(model.eval()(**batch).logits, quiet)
 
 
 def test_the_client_s_generator_moves_as_with_the_whole_model(pair: tuple[Any, Any]) -> None:
