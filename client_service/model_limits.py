@@ -63,12 +63,12 @@ def check_prompt(
         InvalidInputError: If so many cannot.
     """
     tokens, positions = ids_BT.shape[1], learned_positions(config)
-    if not tokens:
-        raise DataError("a prompt of 0 tokens: accepted is 1 or more")
     if positions is None:
+        if not tokens:
+            raise DataError("a prompt of 0 tokens: accepted is 1 or more")
         return
     room = positions - virtual
-    if tokens >= room:
+    if not 0 < tokens < room:
         raise DataError(f"a prompt of {tokens} tokens: accepted are 1 to {room - 1}")
     # The last token is not read again, so it needs no position.
     if new_tokens > room - tokens + 1:

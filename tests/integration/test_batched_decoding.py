@@ -27,8 +27,6 @@ from tests.conftest import Daemon
 from tests.models import VOCAB, save_tiny_model
 from tests.patience import PATIENCE_S
 
-pytestmark = pytest.mark.numeric
-
 NEW = 32
 FLAGS = ("--split", "2:4", "--batch-decoding", "8", "--metrics", "127.0.0.1:0")
 

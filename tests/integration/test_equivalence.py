@@ -19,8 +19,6 @@ from shared.models import family_of
 from tests.conftest import Daemon
 from tests.models import VOCAB, save_tiny_model
 
-pytestmark = pytest.mark.numeric
-
 Start = Callable[..., Daemon]
 
 CASES = [
@@ -77,6 +75,7 @@ def padded_batches(seed: int = 0) -> Iterator[dict[str, torch.Tensor]]:
             yield {"input_ids": ids, "attention_mask": mask, "labels": labels}
 
 
+@pytest.mark.numeric
 @pytest.mark.parametrize(("family", "split", "changes"), CASES)
 def test_training_through_the_split_is_training_the_whole_model(
     family: str, split: str, changes: dict[str, Any], trunkd: Start, tmp_path: Path

@@ -61,11 +61,10 @@ def digest_of(trunk: Trunk) -> list[float]:
     return [float(t.double().sum()) for t in trunk._part.parameters()]
 
 
-@pytest.mark.numeric
 @pytest.mark.parametrize(
     ("family", "served"),
     [
-        ("gpt2", True),
+        pytest.param("gpt2", True, marks=pytest.mark.slow),
         pytest.param("llama", True, marks=pytest.mark.slow),
         pytest.param("gpt2", False, marks=pytest.mark.slow),
         pytest.param("llama", False, marks=pytest.mark.slow),
@@ -90,7 +89,6 @@ def test_every_method_of_peft_is_equal_or_refused(
     assert digest_of(trunk) == before
 
 
-@pytest.mark.numeric
 @pytest.mark.parametrize("family", FAMILIES)
 def test_several_adapters_and_what_peft_does_with_them(trunks: Trunks, family: str) -> None:
     pair = adapted(trunks(family), family)
@@ -129,7 +127,6 @@ def test_several_adapters_and_what_peft_does_with_them(trunks: Trunks, family: s
     assert not [name for name in tree.leaves if "other" in name]
 
 
-@pytest.mark.numeric
 @pytest.mark.parametrize("family", FAMILIES)
 def test_each_row_of_a_batch_with_an_adapter_of_its_own(trunks: Trunks, family: str) -> None:
     pair = adapted(trunks(family), family)
@@ -154,7 +151,6 @@ def test_each_row_of_a_batch_with_an_adapter_of_its_own(trunks: Trunks, family: 
         pass
 
 
-@pytest.mark.numeric
 @pytest.mark.parametrize("family", FAMILIES)
 def test_norms_are_inputs_as_well(trunks: Trunks, family: str) -> None:
     pair = adapted(trunks(family), family)
@@ -372,6 +368,7 @@ def test_dropout_is_told(trunks: Trunks) -> None:
     assert compare(pair, tree).worst == 0.0
 
 
+@pytest.mark.slow
 def test_building_leaves_the_generator_and_the_shared_flags_alone(trunks: Trunks) -> None:
     trunk = trunks("gpt2")
     for row in ROWS:
