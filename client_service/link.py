@@ -86,6 +86,7 @@ class SessionLink:
         self._changed = threading.Condition(threading.RLock())
         self._pending: dict[int, _Pending] = {}
         self._deadline = 0.0
+        self._chance = random.Random()  # the caller's own generator draws for the caller
         self._next_id = 2  # 1 is Open's, on every connection
         self._recovering = self._resumable = self._closed = False
         self._failure: TrunklineError | None = None
@@ -266,7 +267,7 @@ class SessionLink:
                 assert failure is not None
                 self._fail(failure)
                 return
-            time.sleep(pause_s * random.uniform(0.75, 1.25))
+            time.sleep(pause_s * self._chance.uniform(0.75, 1.25))
             pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
 
     def _try(self, address: str) -> TrunklineError | None:

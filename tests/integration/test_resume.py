@@ -16,6 +16,7 @@ from peft import AdaLoraConfig, LoraConfig, PeftConfig
 import client_service.session
 from client_service.calls import ForwardCall, SessionTerms
 from client_service.optimizer_spec import adamw
+from client_service.random_state import random_facts
 from client_service.session import TrunkSession
 from client_service.split_model import SplitModelForCausalLM
 from client_service.training import TrainingPlan, train
@@ -230,6 +231,16 @@ def test_an_abandoned_session_is_freed(trunkd: Callable[..., Daemon], model: Pat
     opened = pb.Open(resume_session_id=session.session_id, epoch=2)
     with pytest.raises(UnknownSessionError):
         session._link._open_at(daemon.address, opened)
+
+
+def test_a_search_for_a_trunk_draws_nothing_of_the_callers(model: Path, tmp_path: Path) -> None:
+    daemon = start_daemon(tmp_path, "--model", str(model), "--threads", "1")
+    session = TrunkSession(daemon.address, TERMS, reconnect_timeout_s=1)
+    before = random_facts()
+    end(daemon)
+    with pytest.raises(ConnectionError):
+        session.forward(HIDDEN, ForwardCall())
+    assert random_facts() == before
 
 
 @pytest.mark.slow
