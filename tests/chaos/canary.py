@@ -1,8 +1,9 @@
 """A secret in the training text is nowhere on the trunk's side, nor on the wire.
 
 Looked through: every byte both ways, the trunk's log, what it wrote to disk, its metrics, its
-memory. The same search finds the secret where it is known to be (the client's memory and text), or
-the experiment is broken: a search that finds nothing anywhere shows nothing.
+memory. The same search finds the secret where it is known to be (its ids in the client's memory,
+its letters in the client's text), or the experiment is broken: a search that finds nothing
+anywhere shows nothing.
 """
 
 from __future__ import annotations
@@ -93,10 +94,10 @@ def run(stage: Stage, options: Options, report: Report) -> None:
         found_in_client=sorted(set(where_it_is)),
     )
     report.require(not found, f"the secret is on the trunk's side: {found}")
-    held = {entry.partition(": ")[2] for entry in where_it_is}
-    report.require(
-        {"UTF-8", "int64"} <= held, f"the search did not find it in the client, only {held}"
-    )
+    # The text itself the client may have given back to the system once it has the ids.
+    where_it_is += search(needles, [("client's text", text.read_bytes())])
+    missing = {"client's memory: int64", "client's text: UTF-8"} - set(where_it_is)
+    report.require(not missing, f"the search did not find {missing}, only {where_it_is}")
     planted = b"".join(next(iter(forms)) for forms in needles.forms.values())
     missed = needles.forms.keys() - needles.found_in(planted)
     report.require(not missed, f"the search does not see {missed}")
