@@ -27,7 +27,7 @@ demo: $(READY) ## fine-tune the bundled model through a trunk, into runs/demo
 	$(BIN)/trunkline demo --out runs/demo
 
 test: $(READY) ## run the tests that are not slow
-	$(BIN)/pytest -m "not slow and not gpu"
+	$(BIN)/pytest -n 2 --dist loadfile -m "not slow and not gpu"
 
 test-cpus: $(READY) ## run the numeric tests with the kernels that other processors get
 	scripts/test_cpus.sh $(BIN)/pytest
