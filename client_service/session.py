@@ -6,6 +6,8 @@ Dimension letters: B batch, T tokens, S tokens with those in the cache, D model 
 from __future__ import annotations
 
 import contextlib
+import functools
+import logging
 import time
 from collections.abc import Mapping
 from concurrent.futures import Future
@@ -35,9 +37,12 @@ from shared.errors import (
 )
 from shared.failpoints import reach
 from shared.pb.trunkline.v1 import trunk_pb2 as pb
+from shared.versions import check_versions, library_versions
 from shared.wire.dtypes import from_format, to_wire
 from shared.wire.formats import Packed, WireFormat, pack
 from shared.wire.structures import write_structure, write_values
+
+logger = logging.getLogger(__name__)
 
 Tensors = dict[str, torch.Tensor]
 
@@ -433,6 +438,7 @@ class TrunkSession:
         self._snapshot_at, self._snapshot_took_s = now, time.monotonic() - now
 
     def _check(self, address: str, info: pb.GetInfoResponse) -> None:
+        _tell(check_versions(library_versions(), info.library_versions))
         terms = self.terms
         served = info.start_layer, info.end_layer
         if terms.split is not None and terms.split != served:
@@ -456,7 +462,15 @@ class TrunkSession:
             peft_config_json=terms.peft_config_json,
             seed=terms.seed,
             dropout=terms.dropout,
+            library_versions=library_versions(),
         )
+
+
+@functools.cache
+def _tell(difference: str) -> None:
+    """Once in a process, however many sessions are opened."""
+    if difference:
+        logger.warning("%s", difference)
 
 
 def _without(prefix: str, tensors: Tensors) -> Tensors:

@@ -5,12 +5,14 @@ Dimension letters: B batch, T tokens, S tokens with those in the cache, D model 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 
 import torch
 
 from shared.adapters.state_push import StatePush
+from shared.versions import library_versions
 from shared.wire.formats import Packed, WireFormat
 from trunk_service.optimizers import OptimizerSpec
 
@@ -25,6 +27,8 @@ class OpenRequest:
     peft_config_json: str = ""
     seed: int = 0
     dropout: float | None = None
+    library_versions: Mapping[str, str] = field(default_factory=library_versions)
+    """The client's; see :mod:`shared.versions`."""
     wire_format: WireFormat = WireFormat.FLOAT32
     """Of answers to requests that name none."""
 

@@ -10,6 +10,7 @@ from shared import __version__
 from shared.adapters.state_push import StatePush
 from shared.errors import AdapterError, ProtocolError
 from shared.pb.trunkline.v1 import trunk_pb2 as pb
+from shared.versions import library_versions
 from shared.wire.dtypes import to_format, to_torch, to_wire
 from shared.wire.formats import WireFormat
 from shared.wire.structures import read_structure, read_values
@@ -68,6 +69,7 @@ def open_request(body: pb.Open) -> OpenRequest:
         peft_config_json=body.peft_config_json,
         seed=body.seed,
         dropout=body.dropout if body.HasField("dropout") else None,
+        library_versions=dict(body.library_versions),
         wire_format=_FLOATING[wire_dtype],
     )
 
@@ -237,6 +239,7 @@ def info_response(info: TrunkInfo, limits: Limits) -> pb.GetInfoResponse:
         max_adapter_parameters=limits.max_adapter_parameters,
         version=__version__,
         quantization=info.quantization,
+        library_versions=library_versions(),
     )
 
 

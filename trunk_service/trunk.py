@@ -23,6 +23,7 @@ from shared.models.families import family_of
 from shared.models.onednn import use_onednn
 from shared.models.quantization import check_kind, dequantized, quantize, shared_tensors
 from shared.models.single_row import spread_single_rows
+from shared.versions import check_versions, library_versions
 from trunk_service.adapter_build import TreeLimits
 from trunk_service.limits import Limits
 from trunk_service.offload import OffloadArea
@@ -131,11 +132,12 @@ class Trunk:
         return device
 
     def check(self, request: OpenRequest) -> None:
-        """Refuses a client that holds another model.
+        """Refuses a client that holds another model, or builds it by other libraries.
 
         Raises:
-            ModelMismatchError: Names both splits or both digests.
+            ModelMismatchError: Names both splits, digests or versions.
         """
+        check_versions(request.library_versions, library_versions())
         asked = SplitRange(request.start_layer, request.end_layer)
         if asked != self.info.split:
             raise ModelMismatchError(

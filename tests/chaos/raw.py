@@ -13,6 +13,7 @@ import torch
 
 from client_service.credentials import Credentials
 from shared.pb.trunkline.v1 import trunk_pb2 as pb
+from shared.versions import library_versions
 from shared.wire.messages import Inbox, to_frames
 from tests.chaos.stage import BATCH, HIDDEN, LORA, SPLIT, TOKENS
 
@@ -68,6 +69,7 @@ class RawSession:
             end_layer=end,
             peft_config_json=json.dumps(LORA),
             wire_dtype=pb.DATA_TYPE_FLOAT32,
+            library_versions=library_versions(),
         )
         self.send(pb.SessionRequest(open=body))
         return self.receive()

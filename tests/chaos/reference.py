@@ -14,6 +14,7 @@ from peft import LoraConfig
 from shared.adapters.config import config_to_json
 from shared.models import SplitRange
 from shared.pb.trunkline.v1 import trunk_pb2 as pb
+from shared.versions import library_versions
 from tests.models import save_tiny_model
 from trunk_service.budget import ByteBudget
 from trunk_service.handlers import HANDLERS
@@ -43,6 +44,7 @@ OPEN = pb.Open(
     start_layer=1,
     end_layer=2,
     peft_config_json=config_to_json(LORA),
+    library_versions=library_versions(),
 )
 
 

@@ -18,6 +18,7 @@ from shared.models.families import family_of
 from shared.models.split_range import SplitRange
 from shared.pb.trunkline.v1 import trunk_pb2 as pb
 from shared.skeleton import Fetch, skeleton_blocks
+from shared.versions import library_versions
 from shared.wire.messages import to_frames
 from shared.wire.structures import write_structure, write_values
 from tests.fuzz.script import SESSION_ID
@@ -81,7 +82,8 @@ class Sequence:
         """Adds the message that begins a session."""
         text = json.dumps(ADAPTERS[self.kind])
         given = {"start_layer": START, "end_layer": END, "peft_config_json": text, "seed": 1}
-        self.send(pb.SessionRequest(open=pb.Open(**given | fields)))
+        opened = pb.Open(**given | fields, library_versions=library_versions())
+        self.send(pb.SessionRequest(open=opened))
 
     def resume(self, epoch: int) -> None:
         """Adds the message that goes on with the session of the stream before."""

@@ -17,6 +17,7 @@ from client_service.session import TrunkSession
 from shared.errors import AdapterError, OptimizerError, TensorError
 from shared.pb.trunkline.v1 import trunk_pb2 as pb
 from shared.tensor_bytes import as_bytes
+from shared.versions import library_versions
 from shared.wire.error_codes import to_exception
 from shared.wire.frames import encode_frame
 from shared.wire.messages import Inbox, to_frames
@@ -37,7 +38,8 @@ class Peer:
         method = self._channel.stream_stream(f"{SERVICE}/Session")
         self._call: Any = method(iter(self._outgoing.get, None))
         self._inbox = Inbox(pb.SessionResponse, lambda _: 1 << 30, 1 << 30)
-        self.send(pb.SessionRequest(id=1, open=pb.Open(start_layer=2, end_layer=10)))
+        opened = pb.Open(start_layer=2, end_layer=10, library_versions=library_versions())
+        self.send(pb.SessionRequest(id=1, open=opened))
         assert self.receive().open.session_id
 
     def send(self, request: pb.SessionRequest) -> None:

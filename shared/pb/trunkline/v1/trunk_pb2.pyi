@@ -257,6 +257,26 @@ Global___GetInfoRequest: _TypeAlias = GetInfoRequest  # noqa: Y015
 class GetInfoResponse(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
+    @_typing.final
+    class LibraryVersionsEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.str
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.str = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
     MODEL_TYPE_FIELD_NUMBER: _builtins.int
     NUM_LAYERS_FIELD_NUMBER: _builtins.int
     START_LAYER_FIELD_NUMBER: _builtins.int
@@ -272,6 +292,7 @@ class GetInfoResponse(_message.Message):
     MAX_ADAPTER_PARAMETERS_FIELD_NUMBER: _builtins.int
     VERSION_FIELD_NUMBER: _builtins.int
     QUANTIZATION_FIELD_NUMBER: _builtins.int
+    LIBRARY_VERSIONS_FIELD_NUMBER: _builtins.int
     model_type: _builtins.str
     num_layers: _builtins.int
     start_layer: _builtins.int
@@ -291,6 +312,10 @@ class GetInfoResponse(_message.Message):
     def peft_methods(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
     @_builtins.property
     def optimizers(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
+    @_builtins.property
+    def library_versions(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
+        """Of peft, transformers and torch, by package."""
+
     def __init__(
         self,
         *,
@@ -309,10 +334,11 @@ class GetInfoResponse(_message.Message):
         max_adapter_parameters: _builtins.int = ...,
         version: _builtins.str = ...,
         quantization: _builtins.str = ...,
+        library_versions: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["compute_dtype", b"compute_dtype", "end_layer", b"end_layer", "hidden_size", b"hidden_size", "max_adapter_parameters", b"max_adapter_parameters", "max_adapter_rank", b"max_adapter_rank", "max_positions", b"max_positions", "max_tokens_per_request", b"max_tokens_per_request", "model_type", b"model_type", "num_layers", b"num_layers", "optimizers", b"optimizers", "peft_methods", b"peft_methods", "quantization", b"quantization", "start_layer", b"start_layer", "version", b"version", "weight_digest", b"weight_digest"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["compute_dtype", b"compute_dtype", "end_layer", b"end_layer", "hidden_size", b"hidden_size", "library_versions", b"library_versions", "max_adapter_parameters", b"max_adapter_parameters", "max_adapter_rank", b"max_adapter_rank", "max_positions", b"max_positions", "max_tokens_per_request", b"max_tokens_per_request", "model_type", b"model_type", "num_layers", b"num_layers", "optimizers", b"optimizers", "peft_methods", b"peft_methods", "quantization", b"quantization", "start_layer", b"start_layer", "version", b"version", "weight_digest", b"weight_digest"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -556,6 +582,26 @@ Global___Error: _TypeAlias = Error  # noqa: Y015
 class Open(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
+    @_typing.final
+    class LibraryVersionsEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.str
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.str = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
     WEIGHT_DIGEST_FIELD_NUMBER: _builtins.int
     START_LAYER_FIELD_NUMBER: _builtins.int
     END_LAYER_FIELD_NUMBER: _builtins.int
@@ -565,6 +611,7 @@ class Open(_message.Message):
     WIRE_DTYPE_FIELD_NUMBER: _builtins.int
     RESUME_SESSION_ID_FIELD_NUMBER: _builtins.int
     EPOCH_FIELD_NUMBER: _builtins.int
+    LIBRARY_VERSIONS_FIELD_NUMBER: _builtins.int
     weight_digest: _builtins.str
     start_layer: _builtins.int
     end_layer: _builtins.int
@@ -582,6 +629,12 @@ class Open(_message.Message):
     """
     epoch: _builtins.int
     """One more than the session's: whoever still holds the old connection is shut out."""
+    @_builtins.property
+    def library_versions(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
+        """The client's, of peft, transformers and torch, by package. Another minor version of the first
+        two than the trunk's is refused: it may build other adapters or blocks.
+        """
+
     def __init__(
         self,
         *,
@@ -594,10 +647,11 @@ class Open(_message.Message):
         wire_dtype: Global___DataType.ValueType = ...,
         resume_session_id: _builtins.str = ...,
         epoch: _builtins.int = ...,
+        library_versions: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_dropout", b"_dropout", "dropout", b"dropout"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_dropout", b"_dropout", "dropout", b"dropout", "end_layer", b"end_layer", "epoch", b"epoch", "peft_config_json", b"peft_config_json", "resume_session_id", b"resume_session_id", "seed", b"seed", "start_layer", b"start_layer", "weight_digest", b"weight_digest", "wire_dtype", b"wire_dtype"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_dropout", b"_dropout", "dropout", b"dropout", "end_layer", b"end_layer", "epoch", b"epoch", "library_versions", b"library_versions", "peft_config_json", b"peft_config_json", "resume_session_id", b"resume_session_id", "seed", b"seed", "start_layer", b"start_layer", "weight_digest", b"weight_digest", "wire_dtype", b"wire_dtype"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__dropout: _TypeAlias = _typing.Literal["dropout"]  # noqa: Y015
     _WhichOneofArgType__dropout: _TypeAlias = _typing.Literal["_dropout", b"_dropout"]  # noqa: Y015
