@@ -7,21 +7,23 @@ from shared.openmp import wait_passively
 wait_passively()
 
 if TYPE_CHECKING:
+    from client_service.fresh_ends import redraw_ends
     from client_service.peft_trainer import PEFTSplitLearningTrainer
     from client_service.split_model import SplitModelForCausalLM
     from client_service.training_client import TrainingClient
 
-__all__ = ["PEFTSplitLearningTrainer", "SplitModelForCausalLM", "TrainingClient"]
+__all__ = ["PEFTSplitLearningTrainer", "SplitModelForCausalLM", "TrainingClient", "redraw_ends"]
 
 _HOMES = {
     "PEFTSplitLearningTrainer": "client_service.peft_trainer",
     "SplitModelForCausalLM": "client_service.split_model",
     "TrainingClient": "client_service.training_client",
+    "redraw_ends": "client_service.fresh_ends",
 }
 
 
 def __getattr__(name: str) -> Any:
-    """Loads a public class when it is first used: torch and transformers take seconds."""
+    """Loads a public name when it is first used: torch and transformers take seconds."""
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from importlib import import_module
