@@ -10,14 +10,12 @@ import copy
 import secrets
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from peft import PeftConfig, PeftModel, PeftType
 from torch import nn
 
 from shared.errors import InvalidInputError
-from shared.skeleton import RemoteTensor
 
 # Of the state of torch's generator on a CPU: seed, left, seeded, next; then the words of the
 # Mersenne twister, 32 bits in 64 each.
@@ -53,7 +51,7 @@ def redraw_ends(model: PeftModel, adapter_name: str | None = None) -> None:
     config = model.peft_config[name]
     _check(config)
     inside = {id(p) for _, block in passage.blocks() for p in block.parameters()}
-    mine = {n: p for n, p in _of(model, name).items() if id(p) not in inside and not _is_remote(p)}
+    mine = {n: p for n, p in _of(model, name).items() if id(p) not in inside}
     with _second(model, name, config) as second:
         drawn = {n: second[n] for n in mine if n in second}
         for path, fresh in drawn.items():
@@ -112,10 +110,6 @@ def _unused(model: PeftModel) -> str:
     while (name := f"redrawn_{secrets.token_hex(8)}") in model.peft_config:
         pass
     return name
-
-
-def _is_remote(parameter: Any) -> bool:
-    return isinstance(parameter, RemoteTensor)
 
 
 def _is_constant(tensor: torch.Tensor) -> bool:

@@ -17,8 +17,8 @@ from client_service.session import TrunkSession
 from client_service.skeleton_model import with_skeleton
 from shared.models import SplitRange, open_checkpoint
 from tests.conftest import Daemon
-from tests.faulty_proxy import Faults, faulty
 from tests.models import VOCAB
+from tests.proxy import Line, line_to
 
 pytestmark = pytest.mark.filterwarnings("ignore:`loss_type=None`")
 
@@ -26,10 +26,10 @@ pytestmark = pytest.mark.filterwarnings("ignore:`loss_type=None`")
 @pytest.fixture(params=[{"twice": True}, {"loses": True}], ids=["twice", "lost"])
 def line(
     request: pytest.FixtureRequest, trunkd: Callable[..., Daemon], tiny_gpt2: Path
-) -> Iterator[Faults]:
+) -> Iterator[Line]:
     daemon = trunkd("--model", str(tiny_gpt2), "--split", "1:3")
-    with faulty(daemon.address, **request.param) as done:
-        yield done
+    with line_to(daemon.address, **request.param) as opened:
+        yield opened
 
 
 @pytest.fixture
@@ -38,12 +38,12 @@ def run(
     tiny_gpt2: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
-) -> Callable[[Faults | None, Callable[[Any], Any]], Any]:
+) -> Callable[[Line | None, Callable[[Any], Any]], Any]:
     """Does something with a split model, over a line or without."""
     monkeypatch.setenv(SECRET_VARIABLE, str(tmp_path / "dropout_secret"))
     daemon = trunkd("--model", str(tiny_gpt2), "--split", "1:3")
 
-    def over(line: Faults | None, work: Callable[[Any], Any]) -> Any:
+    def over(line: Line | None, work: Callable[[Any], Any]) -> Any:
         address = line.address if line else daemon.address
         with closing(TrunkSession(address, SessionTerms())) as session:
             checkpoint = open_checkpoint(tiny_gpt2)
@@ -109,7 +109,7 @@ def generated(model: Any) -> list[torch.Tensor]:
 
 @pytest.mark.parametrize("work", [trained, generated])
 def test_a_faulty_line_changes_no_bit(
-    line: Faults, run: Callable[..., Any], work: Callable[[Any], Any]
+    line: Line, run: Callable[..., Any], work: Callable[[Any], Any]
 ) -> None:
     expected, found = run(None, work), run(line, work)
     assert len(found) == len(expected) > 3

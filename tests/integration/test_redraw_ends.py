@@ -28,7 +28,7 @@ from shared.errors import InvalidInputError
 from shared.models import SplitRange, open_checkpoint
 from shared.skeleton import RemoteTensor
 from tests.conftest import Daemon
-from tests.recording_proxy import Recorded, recording
+from tests.proxy import Line, line_to
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:`loss_type=None`"),
@@ -45,15 +45,15 @@ BATCH = {"input_ids": torch.arange(3, 11)[None], "labels": torch.arange(3, 11)[N
 
 
 @pytest.fixture
-def host(trunkd: Callable[..., Daemon], tiny_gpt2: Path) -> Iterator[Recorded]:
+def host(trunkd: Callable[..., Daemon], tiny_gpt2: Path) -> Iterator[Line]:
     daemon = trunkd("--model", str(tiny_gpt2), "--split", "1:3")
-    with recording(daemon.address) as recorded:
-        yield recorded
+    with line_to(daemon.address) as line:
+        yield line
 
 
 @pytest.fixture
 def split(
-    host: Recorded, tiny_gpt2: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    host: Line, tiny_gpt2: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[Any]:
     monkeypatch.setenv(SECRET_VARIABLE, str(tmp_path / "dropout_secret"))
     session = TrunkSession(host.address, SessionTerms())
@@ -75,7 +75,7 @@ def ends_half(model: Any) -> torch.Tensor:
     return model.get_submodule(f"base_model.model.{FIRST}").lora_A["default"].weight.detach()
 
 
-def trunks_half(recorded: Recorded) -> torch.Tensor:
+def trunks_half(recorded: Line) -> torch.Tensor:
     """As the host got it."""
     for message, tensors in recorded.messages:
         for number, value in enumerate(message.forward.state.values):
@@ -93,7 +93,7 @@ def drawn(sizes: list[tuple[int, int]], seed: int) -> Iterator[torch.Tensor]:
         yield down.weight.detach()
 
 
-def found_seed(recorded: Recorded, model: Any, seeds: int) -> tuple[int, torch.Tensor] | None:
+def found_seed(recorded: Line, model: Any, seeds: int) -> tuple[int, torch.Tensor] | None:
     """Plays the host: the seed that gives what it was sent, and what it gives the client's end."""
     sent = trunks_half(recorded)
     config = model.config
@@ -110,7 +110,7 @@ def found_seed(recorded: Recorded, model: Any, seeds: int) -> tuple[int, torch.T
 
 @searches
 def test_a_plain_seed_shows_the_host_the_ends_fresh_adapter(
-    search: Search, host: Recorded, split: Any
+    search: Search, host: Line, split: Any
 ) -> None:
     seeds, seed = search
     model = fresh(split, seed=seed)
@@ -122,7 +122,7 @@ def test_a_plain_seed_shows_the_host_the_ends_fresh_adapter(
 
 @searches
 def test_after_redraw_ends_the_seed_no_longer_gives_it(
-    search: Search, host: Recorded, split: Any
+    search: Search, host: Line, split: Any
 ) -> None:
     seeds, seed = search
     model = fresh(split, seed=seed)
@@ -138,7 +138,7 @@ def test_after_redraw_ends_the_seed_no_longer_gives_it(
 
 
 @searches
-def test_dropout_numbers_show_no_seed(search: Search, host: Recorded, split: Any) -> None:
+def test_dropout_numbers_show_no_seed(search: Search, host: Line, split: Any) -> None:
     seeds, seed = search
     model = fresh(split, lora(lora_dropout=0.5))
     with torch.no_grad():

@@ -1,15 +1,16 @@
-"""A connection that delivers every message twice, or loses every answer once."""
+"""A line to a trunk: keeps what the client sends; may send it twice, or lose answers once."""
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import grpc
+import torch
 
 from shared.pb.trunkline.v1 import trunk_pb2 as pb
 from shared.wire.messages import Inbox
@@ -18,20 +19,24 @@ _MOST_BYTES = 1 << 30
 
 
 @dataclass
-class Faults:
-    """What the connection does, and what it has done."""
+class Line:
+    """What it does, and what it has done."""
 
     twice: bool = False
     loses: bool = False
     address: str = ""
+    messages: list[tuple[pb.SessionRequest, Mapping[str, torch.Tensor]]] = field(
+        default_factory=list
+    )
+    """The client's, as the trunk gets them."""
     doubled: int = 0
     lost: set[int] = field(default_factory=set)
     """Ids of the messages whose answers were lost."""
 
 
-class _Faulty(grpc.GenericRpcHandler):
-    def __init__(self, channel: grpc.Channel, faults: Faults) -> None:
-        self._channel, self._faults = channel, faults
+class _Through(grpc.GenericRpcHandler):
+    def __init__(self, channel: grpc.Channel, line: Line) -> None:
+        self._channel, self._line = channel, line
 
     def service(self, details: grpc.HandlerCallDetails) -> grpc.RpcMethodHandler[Any, Any]:
         method: Any = details.method
@@ -57,8 +62,8 @@ class _Faulty(grpc.GenericRpcHandler):
                     continue  # an answer is passed on when it is whole, or lost as a whole
                 number = incoming.message.id
                 opens = incoming.message.WhichOneof("body") == "open"
-                if self._faults.loses and not opens and number not in self._faults.lost:
-                    self._faults.lost.add(number)
+                if self._line.loses and not opens and number not in self._line.lost:
+                    self._line.lost.add(number)
                     call.cancel()
                     context.abort(grpc.StatusCode.UNAVAILABLE, "the line was cut")
                 yield from held
@@ -77,20 +82,21 @@ class _Faulty(grpc.GenericRpcHandler):
             incoming = inbox.feed(frame)
             if incoming is None:
                 continue
-            if self._faults.twice and incoming.message.WhichOneof("body") != "open":
-                self._faults.doubled += 1
+            self._line.messages.append((incoming.message, incoming.tensors))
+            if self._line.twice and incoming.message.WhichOneof("body") != "open":
+                self._line.doubled += 1
                 yield from whole
             whole = []
 
 
 @contextmanager
-def faulty(address: str, **faults: bool) -> Iterator[Faults]:
+def line_to(address: str, **faults: bool) -> Iterator[Line]:
     """Stands before a trunk."""
-    done = Faults(**faults)
+    line = Line(**faults)
     server = grpc.server(ThreadPoolExecutor(16))
     with grpc.insecure_channel(address) as channel:
-        server.add_generic_rpc_handlers([_Faulty(channel, done)])
-        done.address = f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
+        server.add_generic_rpc_handlers([_Through(channel, line)])
+        line.address = f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
         server.start()
-        yield done
+        yield line
         server.stop(None).wait()
