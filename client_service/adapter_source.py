@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import copy
 import os
 import re
 from collections.abc import Iterable
@@ -14,18 +14,8 @@ from typing import Any
 import torch
 from peft import PeftConfig
 
-from shared.adapters.joining import Side, SplitShape, join_adapter
-from shared.adapters.methods import DERIVED_FIELDS, method_of
-from shared.adapters.prefix import KEY
-from shared.adapters.weights import (
-    CONFIG_FILE,
-    Provenance,
-    Weights,
-    read_adapter,
-    read_provenance,
-)
+from client_service.adapter_files import CONFIG_FILE, Weights, read_adapter
 from shared.errors import AdapterError
-from shared.models import SplitRange, open_checkpoint
 
 ACCEPTED = (
     "an adapter folder, a Trainer's checkpoint-N or output folder, a `trunkline train --out` "
@@ -46,7 +36,6 @@ class FoundAdapter:
     weights: Weights
     base: str
     """Folder or hub id of the base model; empty if nothing says so."""
-    noted: Provenance
     joined: bool = False
     """Whether it was made out of three parts' adapters."""
 
@@ -98,66 +87,53 @@ def _newest(output: Path) -> Path | None:
 
 def _one(folder: Path, kind: str, model: str) -> FoundAdapter:
     config, weights = read_adapter(folder)
-    fields = _fields(folder)
-    # Reading leaves out what must not come from a tenant; here it is the owner's own file.
-    for name in DERIVED_FIELDS & fields.keys():
-        setattr(config, name, fields[name])
-    base = model or str(fields.get("base_model_name_or_path") or "")
-    if not model:
-        config.revision = fields.get("revision")
-    return FoundAdapter(kind, folder, config, weights, base, read_provenance(folder))
+    base = model or str(config.base_model_name_or_path or "")
+    if model:
+        config.revision = None
+    return FoundAdapter(kind, folder, config, weights, base)
 
 
 def _parts(folder: Path, model: str) -> FoundAdapter:
+    """Joins the adapters of three parts, whose weights have the whole model's names.
+
+    Raises:
+        AdapterError: If they are not parts of one adapter.
+    """
     sides = {
-        part: Side(*read_adapter(folder / f"{part}_lora"))
+        part: read_adapter(folder / f"{part}_lora")
         for part in _PARTS
         if part != "trunk" or (folder / "trunk_lora").is_dir()
     }
-    bases = (_fields(folder / f"{part}_lora").get("base_model_name_or_path") for part in sides)
-    base = model or next((str(b) for b in bases if b), "")
-    method = method_of(sides["bottom"].config.peft_type).name
-    if others := {method_of(s.config.peft_type).name for s in sides.values()} - {method}:
-        raise AdapterError(f"{folder}: {method} and {', '.join(others)} are not one adapter")
-    if method in ("PROMPT_TUNING", "P_TUNING"):
+    configs = [config for config, _ in sides.values()]
+    kinds = list(dict.fromkeys(config.peft_type.value for config in configs))
+    if len(kinds) > 1:
+        raise AdapterError(f"{folder}: {' and '.join(kinds)} are not one adapter")
+    if configs[0].is_prompt_learning:
         raise AdapterError(
-            f"{folder}: {method} works on the bottom alone, so parts of it cannot be joined"
+            f"{folder}: {kinds[0]} is one tensor for the whole model, so parts of it cannot be "
+            f"joined"
         )
-    join = _join_prefixes if method == "PREFIX_TUNING" else _join_blocks
-    side = join(folder, sides, base)
-    return FoundAdapter("parts", folder, side.config, side.weights, base, Provenance(), True)
+    _check_order(folder, {part: weights for part, (_, weights) in sides.items()})
+    config = copy.deepcopy(configs[0])
+    config.target_modules = _targets(folder, configs)
+    saved = {name for c in configs for name in getattr(c, "modules_to_save", None) or ()}
+    config.modules_to_save = sorted(saved) or None
+    weights = {name: tensor for _, side in sides.values() for name, tensor in side.items()}
+    base = model or next((str(b) for c in configs if (b := c.base_model_name_or_path)), "")
+    return FoundAdapter("parts", folder, config, weights, base, joined=True)
 
 
-def _join_blocks(folder: Path, sides: dict[str, Side], base: str) -> Side:
-    """Joins methods that keep their weights by block; ``base`` is not needed."""
-    _check_order(folder, sides)
-    shape: Any = None  # of these methods nothing but names is looked at
-    ends = join_adapter(sides["bottom"], sides["top"], shape)
-    return join_adapter(ends, sides.get("trunk"), shape)
+def _targets(folder: Path, configs: list[PeftConfig]) -> Any:
+    named = [config.target_modules for config in configs]
+    patterns = {names for names in named if isinstance(names, str)}
+    if patterns and (len(patterns) > 1 or not all(isinstance(names, str) for names in named)):
+        raise AdapterError(f"{folder}: its parts have other patterns of target_modules each")
+    return patterns.pop() if patterns else sorted({n for names in named for n in names or ()})
 
 
-def _join_prefixes(folder: Path, sides: dict[str, Side], base: str) -> Side:
-    """Joins prefixes, whose columns say how many blocks a part has once the whole is known."""
-    if "trunk" not in sides or not base:
-        what = "no trunk_lora/ in it" if "trunk" not in sides else "name the model with --model"
-        raise AdapterError(f"{folder}: a prefix covers every block of the model; {what}")
-    checkpoint = open_checkpoint(base)
-    count = checkpoint.config.num_hidden_layers
-    columns = {part: side.weights[KEY].shape[1] for part, side in sides.items()}
-    width = sum(columns.values()) // count
-    blocks = {part: c // width for part, c in columns.items()}
-    if any(blocks[part] * width != c for part, c in columns.items()):
-        raise AdapterError(f"{folder}: prefixes of {columns} columns are not of {count} blocks")
-    split = SplitRange(blocks["bottom"], blocks["bottom"] + blocks["trunk"])
-    bottom, top = sides["bottom"].weights[KEY], sides["top"].weights[KEY]
-    hole = torch.zeros_like(bottom[:, :width])
-    client = Side(sides["bottom"].config, {KEY: torch.cat([bottom, hole, top], dim=1)})
-    return join_adapter(client, sides["trunk"], SplitShape(checkpoint.family, split, count))
-
-
-def _check_order(folder: Path, sides: dict[str, Side]) -> None:
+def _check_order(folder: Path, sides: dict[str, Weights]) -> None:
     """Refuses parts whose blocks overlap: they would be numbered within the part."""
-    blocks = {part: _blocks(side.weights) for part, side in sides.items()}
+    blocks = {part: _blocks(weights) for part, weights in sides.items()}
     ordered = [(part, found) for part in _PARTS if (found := blocks.get(part))]
     for (below, lower), (above, upper) in pairwise(ordered):
         if max(lower) >= min(upper):
@@ -169,8 +145,3 @@ def _check_order(folder: Path, sides: dict[str, Side]) -> None:
 
 def _blocks(names: Iterable[str]) -> set[int]:
     return {int(m[1]) for name in names if (m := re.search(r"\.(\d+)\.", name))}
-
-
-def _fields(folder: Path) -> dict[str, Any]:
-    fields: dict[str, Any] = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
-    return fields

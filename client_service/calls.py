@@ -21,10 +21,6 @@ class SessionTerms:
     """First block of the trunk and first block above; None takes what the trunk serves."""
     weight_digest: str | None = None
     """None where the client cannot know it: then it is not checked."""
-    peft_config_json: str = ""
-    """Empty for a frozen trunk."""
-    seed: int = 0
-    dropout: float | None = None
     activation_format: WireFormat = WireFormat.FLOAT32
     """How hidden states travel, both ways."""
     gradient_format: WireFormat = WireFormat.FLOAT32
@@ -49,19 +45,14 @@ class ForwardCall:
     request_id: str = ""
     keep_graph: bool = False
     training: bool = False
-    step: int = 0
-    micro: int = 0
     cache_id: str = ""
     cache_edits: list[CacheEdit] = field(default_factory=list)
     cached_tokens: int | None = None
     """Tokens that the cache must have by then; None does not say."""
-    adapter: str = ""
-    """Empty is the session's own, of its terms."""
-    without_adapter: bool = False
     in_float32: bool = False
     """Travels in float32 both ways, whatever the session's format."""
     state_version: int = 0
-    """Of the client's adapters; 0 means those that the session itself has."""
+    """Of the client's adapters; 0 means that it has sent none."""
     push: StatePush | None = None
     """What changed of them."""
     past: tuple[torch.Tensor, ...] = ()
@@ -74,23 +65,3 @@ class ForwardCall:
     """What torch's autocast computes in, if it is on."""
     dropout_key: bytes = b""
     """Fixes every dropout mask, where dropout draws."""
-
-
-@dataclass(frozen=True)
-class ForwardReply:
-    """What the trunk gave: hidden states [B, T, D], and AdaLoRA's orthogonality term."""
-
-    hidden_BTD: torch.Tensor
-    penalty: float = 0.0
-    penalty_terms: int = 0
-    """Matrices that ``penalty`` is the sum over; 0 for another method."""
-
-
-@dataclass(frozen=True)
-class AdapterEntry:
-    """One adapter of the session on the trunk."""
-
-    name: str
-    peft_config_json: str
-    trainable_parameters: int
-    committed_step: int

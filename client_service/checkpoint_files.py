@@ -34,7 +34,7 @@ from shared.models.tensor_files import first_line
 
 logger = logging.getLogger(__name__)
 
-FORMAT = 1
+FORMAT = 2
 MANIFEST = "manifest.json"
 
 _FOLDER = re.compile(r"step-(\d{8,})")

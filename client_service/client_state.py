@@ -1,36 +1,36 @@
-"""What changes on the client's side in training, as named tensors and JSON, and back."""
+"""What changes in training, as named tensors and JSON, and back."""
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from typing import Any
 
 import torch
+from peft import AdaLoraModel
 
-from client_service.split_ends import end_of
 from client_service.training import TrainingState
-from shared.adapters.adalora import tuner_of
-from shared.adapters.adalora_state import allocator_state, check_allocator_state, restore_allocator
 from shared.errors import CheckpointError
-from shared.models.families import family_of
+from shared.skeleton import RemoteTensor
 
 Tensors = dict[str, torch.Tensor]
 
-_ALLOCATOR, _TRUNK_KEPT = "allocator/", "trunk_kept/"
+_AVERAGES = ("ipt", "exp_avg_ipt", "exp_avg_unc")
+"""What AdaLoRA's allocator keeps of each parameter."""
 
 
-def parameters_by_side(model: Any) -> dict[str, Tensors]:
-    """The client's trained parameters, of the ``bottom`` and of the ``top``."""
-    family = family_of(model.whole_config.model_type)
-    sides: dict[str, Tensors] = {"bottom": {}, "top": {}}
-    for name, parameter in _own_parameters(model):
-        end = end_of(name.removeprefix("base_model.model."), family, model.split)
-        sides[end][name] = parameter
-    return sides
+def model_state(model: Any) -> Tensors:
+    """What is trained, and the buffers of adapters, which may be drawn anew in another process."""
+    kept = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    adapters = set(getattr(model, "peft_config", {}))
+    for name, buffer in model.named_buffers():
+        if adapters & set(name.split(".")) and not isinstance(buffer, RemoteTensor):
+            kept[name] = buffer
+    return kept
 
 
-def restore_parameters(source: str, model: Any, saved: Tensors) -> None:
-    """Gives the client's trained parameters their saved values.
+def restore_model(source: str, model: Any, saved: Tensors) -> None:
+    """Gives what is trained its saved values.
 
     Args:
         source: What they were read from, for messages.
@@ -40,21 +40,21 @@ def restore_parameters(source: str, model: Any, saved: Tensors) -> None:
     Raises:
         CheckpointError: If a name, shape or dtype is not the model's; nothing was changed.
     """
-    own = dict(_own_parameters(model))
+    own = model_state(model)
     if odd := own.keys() ^ saved.keys():
         raise CheckpointError(
-            f"{source}: {len(odd)} trained parameters are on one side only, such as {min(odd)}: it "
+            f"{source}: {len(odd)} trained tensors are on one side only, such as {min(odd)}: it "
             f"is of another adapter"
         )
-    for name, parameter in own.items():
-        if saved[name].shape != parameter.shape or saved[name].dtype != parameter.dtype:
+    for name, tensor in own.items():
+        if saved[name].shape != tensor.shape or saved[name].dtype != tensor.dtype:
             raise CheckpointError(
                 f"{source}: {name} is {saved[name].dtype} {tuple(saved[name].shape)}, the model's "
-                f"{parameter.dtype} {tuple(parameter.shape)}"
+                f"{tensor.dtype} {tuple(tensor.shape)}"
             )
     with torch.no_grad():
-        for name, parameter in own.items():
-            parameter.copy_(saved[name])
+        for name, tensor in own.items():
+            tensor.copy_(saved[name])
 
 
 def optimizer_state(state: TrainingState) -> tuple[Tensors, dict[str, Any]]:
@@ -101,35 +101,38 @@ def restore_optimizer(
     state.optimizer.load_state_dict({"state": indexed, "param_groups": groups})
 
 
-def allocation(model: Any) -> Tensors:
-    """AdaLoRA: the allocator of this side, and what the trunk keeps; empty without it."""
-    tuner = tuner_of(model)
-    if tuner is None:
-        return {}
-    found = {f"{_ALLOCATOR}{n}": t for n, t in allocator_state(tuner).items()}
-    theirs = getattr(tuner, "trunk_pattern", None) or {}
-    return found | {f"{_TRUNK_KEPT}{n}": kept for n, kept in theirs.items()}
+def allocation(model: Any) -> tuple[Tensors, dict[str, Any]]:
+    """AdaLoRA: the averages of its allocator, and the ranks it kept last; empty without it."""
+    found = _allocator(model)
+    if found is None:
+        return {}, {}
+    allocator, config = found
+    averages = {
+        f"{key}/{name}": tensor
+        for key in _AVERAGES
+        for name, tensor in getattr(allocator, key).items()
+    }
+    return averages, {"rank_pattern": copy.deepcopy(config.rank_pattern)}
 
 
-def restore_allocation(model: Any, saved: Tensors) -> None:
-    """Puts what :func:`allocation` copied in place again.
-
-    Args:
-        model: A split model.
-        saved: The entries.
-
-    Raises:
-        AdapterError: If they are not of this adapter.
-    """
-    tuner = tuner_of(model)
-    if tuner is None:
+def restore_allocation(model: Any, tensors: Tensors, saved: dict[str, Any]) -> None:
+    """Puts what :func:`allocation` copied in place again."""
+    found = _allocator(model)
+    if found is None:
         return
-    ours = {n.removeprefix(_ALLOCATOR): t for n, t in saved.items() if n.startswith(_ALLOCATOR)}
-    check_allocator_state(tuner, ours)
-    restore_allocator(tuner, ours)
-    theirs = {n.removeprefix(_TRUNK_KEPT): t for n, t in saved.items() if n.startswith(_TRUNK_KEPT)}
-    if theirs:
-        tuner.trunk_pattern = theirs
+    allocator, config = found
+    for key in _AVERAGES:
+        prefix = f"{key}/"
+        own = {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
+        setattr(allocator, key, own)
+    config.rank_pattern = saved.get("rank_pattern")
+
+
+def _allocator(model: Any) -> tuple[Any, Any] | None:
+    tuner = getattr(model, "base_model", None)
+    if not isinstance(tuner, AdaLoraModel):
+        return None
+    return tuner.rankallocator, tuner.peft_config[tuner.trainable_adapter_name]
 
 
 def _settings(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
@@ -137,9 +140,5 @@ def _settings(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
 
 
 def _trained(model: Any) -> Iterator[tuple[str, torch.nn.Parameter]]:
-    """What the client's optimizer holds, in its order; the proxy is among it."""
+    """What the optimizer holds, in its order."""
     return ((n, p) for n, p in model.named_parameters() if p.requires_grad)
-
-
-def _own_parameters(model: Any) -> Iterator[tuple[str, torch.nn.Parameter]]:
-    return ((n, p) for n, p in _trained(model) if not n.endswith(".proxy"))

@@ -8,6 +8,7 @@ HMAC under a secret of the user's.
 
 from __future__ import annotations
 
+import hashlib
 import hmac
 import os
 import secrets
@@ -52,6 +53,11 @@ def user_secret(path: Path | None = None) -> bytes:
             f"{path}: {len(secret)} bytes are no secret of dropout keys; accepted: {SECRET_BYTES}"
         )
     return secret
+
+
+def fingerprint(secret: bytes) -> str:
+    """Names a secret without telling it."""
+    return hashlib.sha256(b"trunkline dropout" + secret).hexdigest()[:16]
 
 
 def _usual_path() -> Path:

@@ -7,6 +7,7 @@ Dimension letters: B batch, T tokens, V vocabulary.
 
 from __future__ import annotations
 
+import copy
 import warnings
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -14,20 +15,19 @@ from typing import Any
 
 import torch
 from huggingface_hub import try_to_load_from_cache
-from peft import PeftModel, PeftModelForCausalLM
+from peft import PeftModel, get_peft_model
 from transformers import AutoTokenizer
 
-from client_service.adapter_source import FoundAdapter, find_adapter
-from client_service.whole import largest_difference, load_whole
-from shared.adapters.methods import method_of
-from shared.adapters.weights import (
+from client_service.adapter_files import (
     Weights,
     adapter_weights,
     load_adapter_weights,
     read_adapter,
     write_adapter,
 )
-from shared.adapters.wrap import wrap
+from client_service.adapter_source import FoundAdapter, find_adapter
+from client_service.by_peft import by_peft
+from client_service.whole import largest_difference, load_whole
 from shared.errors import AdapterError, CheckpointError
 from shared.models import open_checkpoint
 from shared.models.checkpoint import WEIGHT_FILES
@@ -98,7 +98,7 @@ def export(
     expected = None if base is None else _logits(_with_found(base, found))
     peft_diff, merged_diff = None, None
     with new_folder(out) as folder:
-        write_adapter(folder, found.config, found.weights, found.base, found.noted)
+        write_adapter(folder, found.config, found.weights, found.base)
         reread_diff = largest_difference(found.weights, read_adapter(folder)[1])
         if reread_diff != 0:
             raise AdapterError(f"{out}: reads back other weights than were written")
@@ -116,7 +116,7 @@ def export(
         adapter=str(out),
         source=str(found.folder),
         kind=found.kind,
-        method=method_of(found.config.peft_type).name,
+        method=found.config.peft_type.value,
         base_model=found.base,
         tensors=len(found.weights),
         parameters=sum(weight.numel() for weight in found.weights.values()),
@@ -130,7 +130,7 @@ def export(
 def _check_mergeable(found: FoundAdapter) -> None:
     if found.config.is_prompt_learning:
         raise AdapterError(
-            f"{method_of(found.config.peft_type).name} cannot be merged: it puts virtual tokens "
+            f"{found.config.peft_type.value} cannot be merged: it puts virtual tokens "
             f"before the input and changes no weight; export without --merge, and load with PEFT"
         )
     if not found.base:
@@ -162,7 +162,8 @@ def _with_found(base: str, found: FoundAdapter) -> Any:
     """The base model with the adapter as it was found."""
     if not found.joined:
         return _by_peft(base, found.folder)
-    model = wrap(_load_base(base), found.config, 0, "whole", PeftModelForCausalLM)
+    with by_peft(f"{found.folder}: PEFT cannot put its parts together"):
+        model = get_peft_model(_load_base(base), copy.deepcopy(found.config))
     load_adapter_weights(model, found.weights)
     return model.eval()
 

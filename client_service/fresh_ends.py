@@ -65,6 +65,15 @@ def redraw_ends(model: PeftModel, adapter_name: str | None = None) -> None:
                 mine[path].copy_(fresh)
 
 
+def can_redraw(config: PeftConfig) -> bool:
+    """Whether :func:`redraw_ends` takes a fresh adapter of this configuration."""
+    try:
+        _check(config)
+    except InvalidInputError:
+        return False
+    return True
+
+
 def _check(config: PeftConfig) -> None:
     if config.peft_type == PeftType.PREFIX_TUNING:
         raise InvalidInputError(

@@ -2,8 +2,8 @@
 
 A connection that breaks is made anew, and what was not answered is sent again under its old ids:
 the trunk does nothing twice. If the session is gone too (the trunk was killed, or drained), a new
-one is opened on any trunk with the same weights and brought to the same bits by sending again what
-the journal has (see :mod:`client_service.journal`). Callers only wait a little longer.
+one is opened on any trunk with the same weights, where callers find that nothing of theirs is there
+and ask for it again (see :mod:`client_service.trunk_function`).
 """
 
 from __future__ import annotations
@@ -26,7 +26,6 @@ from client_service.connection import (
     open_channel,
 )
 from client_service.credentials import Credentials
-from client_service.journal import Entry, Journal
 from shared.errors import (
     ModelMismatchError,
     ResourceExhaustedError,
@@ -104,7 +103,6 @@ class SessionLink:
             else:
                 self.address = address
                 break
-        self.journal = Journal(self.opened.trainable_parameters > 0)
 
     def send(
         self, message: pb.SessionRequest, tensors: Mapping[str, Packed] | None = None
@@ -163,17 +161,6 @@ class SessionLink:
             connection = self._connection
         connection.close()
 
-    def shorten_journal(self, version: int, base: list[Entry]) -> None:
-        """Lets what restores a snapshot take the place of all requests before it.
-
-        Args:
-            version: The journal's, before the snapshot was taken: if it has grown since, it stays.
-            base: Requests that restore the snapshot.
-        """
-        with self._changed:
-            if self.journal.version == version and self.journal.quiet:
-                self.journal.start_from(base)
-
     @property
     def _ready(self) -> bool:
         return not self._recovering and len(self._pending) < self.opened.max_requests_in_flight
@@ -207,13 +194,6 @@ class SessionLink:
             pending = self._pending.pop(message_id, None)
             if pending is None:
                 return
-            if error is None and self._reconnect_timeout_s:
-                try:
-                    self.journal.record(pending.message, pending.tensors)
-                except Exception:
-                    # It went well on the trunk; only a lost trunk cannot be replaced any more.
-                    logger.exception("a request could not be noted")
-                    self._reconnect_timeout_s = 0.0
             self._changed.notify_all()
         if error is None:
             pending.future.set_result(answered.result())
@@ -314,46 +294,23 @@ class SessionLink:
             connection.close()
 
     def _rebuild(self, address: str) -> None:
-        """Opens a new session and brings it to where the lost one was."""
+        """Opens a new session; what was not answered is asked there, and found to be missing."""
         connection, info, opened = self._open_at(address)
-        next_id = 2
-        try:
-            if (info.weight_digest, info.quantization, info.compute_dtype) != self._weights:
-                raise ModelMismatchError(
-                    f"trunk {address} serves other weights than the one that was lost"
-                )
-            with self._changed:
-                entries = self.journal.entries()
-            for entry in entries:
-                next_id = self._send_again(connection, entry, next_id)
-        except BaseException:
+        if (info.weight_digest, info.quantization, info.compute_dtype) != self._weights:
             connection.close()
-            raise
+            raise ModelMismatchError(
+                f"trunk {address} serves other weights than the one that was lost"
+            )
         with self._changed:
             self.address, self.info, self.opened = address, info, opened
             self._epoch = opened.epoch
-            self._next_id = next_id
+            self._next_id = 2
             waiting, self._pending = list(self._pending.values()), {}
             for pending in waiting:
                 self._give_id(pending)
             goes_on = self._go_on(connection)
         if not goes_on:
             connection.close()
-
-    def _send_again(self, connection: SessionConnection, entry: Entry, next_id: int) -> int:
-        """Sends a request of the journal, as often as the trunk is too busy for it."""
-        while True:
-            message = pb.SessionRequest()
-            message.CopyFrom(entry.message)
-            message.id, message.acknowledged = next_id, next_id - 1
-            next_id += 1
-            try:
-                connection.ask(message, entry.tensors, self._timeout_s)
-                return next_id
-            except ResourceExhaustedError as error:
-                if self._closed or time.monotonic() > self._deadline:
-                    raise
-                time.sleep(max(error.retry_after_s, _FIRST_PAUSE_S))
 
     def _go_on(self, connection: SessionConnection) -> bool:
         """Sends on this connection from now on; tells if nobody wants to any more."""

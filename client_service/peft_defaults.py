@@ -25,7 +25,13 @@ _VIRTUAL_TOKENS = 16
 def _lora(family: Family, dropout: float, steps: int, **more: Any) -> PeftConfig:
     targets = list(family.linear_layers)
     return LoraConfig(
-        **_TASK, r=8, lora_alpha=16, lora_dropout=dropout, target_modules=targets, **more
+        **_TASK,
+        r=8,
+        lora_alpha=16,
+        lora_dropout=dropout,
+        target_modules=targets,
+        fan_in_fan_out=family.model_type == "gpt2",  # whose layers are Conv1D
+        **more,
     )
 
 
@@ -52,6 +58,7 @@ def _adalora(family: Family, dropout: float, steps: int) -> PeftConfig:
         tfinal=steps // 5,
         deltaT=max(1, steps // 50),
         target_modules=list(family.linear_layers),
+        fan_in_fan_out=family.model_type == "gpt2",
     )
 
 

@@ -8,23 +8,22 @@ Dimension letters: B batch, T tokens, D model dimension, V vocabulary.
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftConfig, TaskType
+from peft import LoraConfig, PeftConfig, TaskType, get_peft_model
 
-from client_service.optimizer_spec import describe
-from client_service.training_client import TrainingClient
-from shared.adapters.config import config_from_json
-from shared.adapters.weights import (
+from client_service.adapter_files import (
     adapter_weights,
     load_adapter_weights,
     read_adapter,
     write_adapter,
 )
-from shared.adapters.wrap import wrap
+from client_service.by_peft import by_peft, seeded
+from client_service.training_client import TrainingClient
 
 
 def default_lora_config() -> LoraConfig:
@@ -35,6 +34,7 @@ def default_lora_config() -> LoraConfig:
         lora_alpha=16,
         lora_dropout=0.1,
         target_modules=["c_attn", "c_fc", "c_proj"],
+        fan_in_fan_out=True,
     )
 
 
@@ -47,7 +47,7 @@ class PEFTSplitLearningTrainer:
         trunk_client: A session on the trunk, with its own adapter or none.
         lora_config: Adapter of bottom and top; :func:`default_lora_config` if None.
         learning_rate: Of AdamW, on all three parts.
-        seed: Fixes the fresh adapters.
+        seed: Of torch's generator while the fresh adapters are drawn.
 
     Raises:
         AdapterError: If the adapter does not fit the parts.
@@ -66,14 +66,11 @@ class PEFTSplitLearningTrainer:
         self.bottom = bottom_model
         self.top = top_model
         self.trunk_client = trunk_client
-        self.bottom_peft = wrap(bottom_model, config, seed, "bottom").train()
-        self.top_peft = wrap(top_model, config, seed, "top").train()
-        trainable = [
-            parameter
-            for part in (self.bottom_peft, self.top_peft)
-            for parameter in part.parameters()
-            if parameter.requires_grad
-        ]
+        with by_peft("PEFT cannot put this adapter on the parts"), seeded(seed):
+            self.bottom_peft: Any = get_peft_model(bottom_model, copy.deepcopy(config)).train()
+            self.top_peft: Any = get_peft_model(top_model, copy.deepcopy(config)).train()
+        parts = (self.bottom_peft, trunk_client, self.top_peft)
+        trainable = [p for part in parts for p in part.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(trainable, lr=learning_rate)
         self.global_step = 0
 
@@ -113,22 +110,20 @@ class PEFTSplitLearningTrainer:
         gradient_1 = self.trunk_client.backward(hidden_2.grad)
         hidden_1.backward(gradient_1)
 
-        # Three parts, three optimizers of one kind: the trunk steps its own.
+        # One optimizer holds the parameters of all three parts.
         self.optimizer.step()
-        self.trunk_client.step(describe(self.optimizer, self.optimizer.param_groups[0]))
         self.global_step += 1
         return {"loss": float(loss.detach())}
 
     def save_lora_weights(self, save_dir: str | Path) -> None:
         """Writes ``bottom_lora/``, ``trunk_lora/`` (if it has an adapter) and ``top_lora/``."""
         save_dir = Path(save_dir)
-        for name, part in (("bottom", self.bottom_peft), ("top", self.top_peft)):
+        parts = {"bottom": self.bottom_peft, "top": self.top_peft}
+        if self.trunk_client.parameters():
+            parts["trunk"] = self.trunk_client.model
+        for name, part in parts.items():
             config = part.peft_config["default"]
             write_adapter(save_dir / f"{name}_lora", config, adapter_weights(part), "")
-        trunk = self.trunk_client.session
-        if trunk.trainable_parameters:
-            config = config_from_json(trunk.terms.peft_config_json)
-            write_adapter(save_dir / "trunk_lora", config, trunk.adapter(), "")
         state = json.dumps({"global_step": self.global_step})
         (save_dir / "trainer_state.json").write_text(state, encoding="utf-8")
 
@@ -146,4 +141,4 @@ class PEFTSplitLearningTrainer:
         load_adapter_weights(self.bottom_peft, read_adapter(bottom_lora_path)[1])
         load_adapter_weights(self.top_peft, read_adapter(top_lora_path)[1])
         if trunk_lora_path is not None:
-            self.trunk_client.session.restore(read_adapter(trunk_lora_path)[1])
+            load_adapter_weights(self.trunk_client.model, read_adapter(trunk_lora_path)[1])

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from client_service.turns import AbandonedError, Cut, Turn, Turns, in_turn
+from client_service.turns import AbandonedError, Turn, Turns, in_turn
 from shared.errors import InvalidInputError
 
 Batch = Mapping[str, torch.Tensor]
@@ -99,7 +99,6 @@ class _Run:
     ) -> None:
         self._model, self._work, self._turns = model, work, turns
         self._loss_of, self._scale = loss_of, scale
-        self._remote: Any = model.remote_trunk
         self._left = iter(range(len(work)))
         self._lock = threading.Lock()
         self._losses = [0.0] * len(work)
@@ -141,45 +140,7 @@ class _Run:
         with in_turn(turn), torch.enable_grad():
             loss = self._loss_of(self._model, batch)
             self._losses[micro] = float(loss.detach()) * weight
-            loss = loss * (weight * self._scale)
-            loss.backward(retain_graph=_overlaps(loss, turn.cuts))
-            del loss  # and with it the graph above the hole, if it was retained
-            while turn.cuts:
-                self._below(turn.cuts.pop(), turn.cuts)
-
-    def _below(self, cut: Cut, left: list[Cut]) -> None:
-        """Carries the gradient that has reached the hole through the trunk, and on below."""
-        gradient_BTD = cut.output_BTD.grad
-        if gradient_BTD is None:
-            return  # the loss does not depend on it
-        penalty = 0.0 if cut.penalty.grad is None else float(cut.penalty.grad)
-        wanted = cut.hidden_BTD.requires_grad
-        found = self._remote.backward(gradient_BTD.contiguous(), cut.call, wanted, penalty)
-        cut.held.release.detach()
-        if found is not None:
-            cut.hidden_BTD.backward(found, retain_graph=_overlaps(cut.hidden_BTD, left))
-
-
-def _overlaps(tensor: torch.Tensor, cuts: Sequence[Cut]) -> bool:
-    """Whether the graph of a tensor has a part that a cut's graph has too.
-
-    Such as the keys and values of prefix tuning, which one encoder makes for the blocks on both
-    sides of the hole, or a loss that reads the bottom's hidden states.
-    """
-    nodes = _nodes([tensor])
-    return not nodes.isdisjoint(_nodes([cut.hidden_BTD for cut in cuts]))
-
-
-def _nodes(tensors: Sequence[torch.Tensor]) -> set[Any]:
-    """The nodes of the graphs of tensors that a backward frees: all but those of leaves."""
-    left: list[Any] = [tensor.grad_fn for tensor in tensors]
-    found = set[Any]()
-    while left:
-        node = left.pop()
-        if node is not None and not hasattr(node, "variable") and node not in found:
-            found.add(node)
-            left += [follower for follower, _ in node.next_functions]
-    return found
+            (loss * (weight * self._scale)).backward()
 
 
 def _labelled(batch: Batch) -> int:

@@ -10,7 +10,6 @@ import torch
 from transformers.cache_utils import CacheLayerMixin
 
 from client_service.calls import CacheEdit
-from client_service.remote_trunk import RemoteTrunk
 from client_service.trunk_function import Computed, TrunkFunction
 
 
@@ -24,7 +23,7 @@ class RemoteCacheLayer(CacheLayerMixin):  # type: ignore[misc]
     is_sliding = False
     is_croppable = True
 
-    def __init__(self, trunk: RemoteTrunk | TrunkFunction) -> None:
+    def __init__(self, trunk: TrunkFunction) -> None:
         super().__init__()
         self.cache_id = uuid.uuid4().hex
         self.is_initialized = True

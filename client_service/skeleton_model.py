@@ -6,29 +6,47 @@ parameters of all blocks; only the middle blocks' matrices are elsewhere.
 
 from __future__ import annotations
 
+import copy
+import functools
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import GenerationConfig
+from transformers import AutoConfig, GenerationConfig, PreTrainedConfig
 from transformers.initialization import no_init_weights
 
-from client_service.hole import hole_config, own_layers
+from client_service.ends import mark_as_ends
+from client_service.fused_loss import with_fused_loss
 from client_service.session import TrunkSession
 from client_service.trunk_blocks import Passage, put_in_place
 from client_service.trunk_function import TrunkFunction
-from shared.errors import InvalidInputError, SharedWeightsError
+from shared.errors import InvalidInputError
 from shared.models import Checkpoint, SplitRange
+from shared.models.dropout import set_dropout
+from shared.models.families import Family, family_of
 from shared.models.loading import fill
+from shared.models.onednn import use_onednn
+from shared.models.quantization import quantize as quantize_layers
+from shared.models.single_row import spread_single_rows
 from shared.models.stand_ins import GlobalLayers
-from shared.skeleton import Fetch, RemoteTensor, skeleton_blocks
+from shared.skeleton import Fetch, Norms, RemoteTensor, skeleton_blocks
 from shared.wire.dtypes import to_torch
 
 
 def with_skeleton(
-    checkpoint: Checkpoint, split: SplitRange, session: TrunkSession, dtype: torch.dtype
+    checkpoint: Checkpoint,
+    split: SplitRange,
+    session: TrunkSession,
+    dtype: torch.dtype,
+    *,
+    dropout: float | None = None,
+    secret: bytes | None = None,
+    quantize: str = "",
+    fused_loss: bool = False,
+    onednn: bool = False,
 ) -> Any:
     """Loads the two ends of a model around the trunk's blocks.
 
@@ -37,57 +55,114 @@ def with_skeleton(
         split: Blocks of the trunk.
         session: On a trunk that serves them.
         dtype: What the ends are computed in.
+        dropout: Replaces the probability of the model's own dropout layers.
+        secret: Of dropout keys; None takes the user's own.
+        quantize: Of the ends, a kind of :mod:`shared.models.quantization`; empty for none.
+        fused_loss: See :mod:`client_service.fused_loss`.
+        onednn: See :mod:`shared.models.onednn`.
 
     Returns:
-        The family's ``…ForCausalLM`` in evaluation mode, of its own class name. ``model.passage``
-        leads to the trunk.
+        The family's ``…ForCausalLM`` in evaluation mode, of its own class name. ``passage`` leads
+        to the trunk, ``remote_trunk`` is its session, ``split`` the trunk's blocks.
 
     Raises:
         CheckpointError: If a tensor is missing or damaged.
+        InvalidInputError: If oneDNN is asked for in another dtype than float32.
         TrunklineError: If the trunk does not give the blocks' vectors.
     """
     family, config = checkpoint.family, checkpoint.config
-    vectors, linear = session.fetch([])
-    theirs = to_torch(session.info.compute_dtype)
-    function = TrunkFunction(session, vectors, theirs)
     with no_init_weights():
-        model = _split_class(family.full_class)(hole_config(config, split))
+        model = _split_class(family.full_class, fused_loss)(_ends_config(config, split))
     base = getattr(model, family.base)
-    below, above = own_layers(list(getattr(base, family.layers)), checkpoint, split)
+    below, above = _own_layers(list(getattr(base, family.layers)), checkpoint, split)
     setattr(base, family.layers, GlobalLayers([*below, *above]))
     fill(model, checkpoint, dtype)
     model.tie_weights()
-    blocks = skeleton_blocks(
-        config, family, split, vectors, theirs, _Fetches(function), linear=frozenset(linear)
-    )
-    setattr(base, family.layers, GlobalLayers([*below, *blocks, *above]))
-    _use_whole_config(model, config)
-    passage = Passage(model, family, split, function)
-    for index, (_, block) in enumerate(blocks):
-        put_in_place(block, passage, first=index == 0)
-    passage.watch_mask()
+    if quantize:
+        quantize_layers(model, quantize)
+    if onednn:
+        use_onednn(model, dtype, model.device)
+    spread_single_rows(model)
+    blocks = _put_blocks(model, config, family, split, session, (below, above), secret)
+    for name, block in blocks.items():
+        _take_trained_vectors(block, f"{family.layer_prefix}{name}", checkpoint)
+    model.passage.watch_mask()
+    if dropout is not None:
+        set_dropout(model, dropout)
     if (Path(checkpoint.folder) / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(checkpoint.folder)
     model.config._name_or_path = checkpoint.source
-    model.passage = passage
-    # DDP neither broadcasts nor reduces what is the trunk's.
-    model._ddp_params_and_buffers_to_ignore = _TrunkNames(model)
     return model.eval()
 
 
+def blocks_alone(session: TrunkSession) -> Any:
+    """The trunk's blocks in the family's model, whose other modules have no numbers.
+
+    Args:
+        session: On a trunk.
+
+    Returns:
+        As :func:`with_skeleton`; it is not to be called.
+    """
+    info = session.info
+    config = AutoConfig.for_model(**json.loads(info.config_json))
+    family, split = family_of(config.model_type), SplitRange(info.start_layer, info.end_layer)
+    with torch.device("meta"), no_init_weights():
+        model = _split_class(family.full_class, False)(_ends_config(config, split))
+    _put_blocks(model, config, family, split, session)
+    return model
+
+
+def _put_blocks(
+    model: Any,
+    config: PreTrainedConfig,
+    family: Family,
+    split: SplitRange,
+    session: TrunkSession,
+    ends: tuple[list[tuple[str, Any]], list[tuple[str, Any]]] = ([], []),
+    secret: bytes | None = None,
+) -> dict[str, nn.Module]:
+    """Puts the trunk's hollow blocks into a model, between those of the ends."""
+    vectors, linear = session.fetch([])
+    theirs = to_torch(session.info.compute_dtype)
+    function = TrunkFunction(session, vectors, theirs)
+    blocks = skeleton_blocks(
+        config, family, split, vectors, theirs, _Fetches(function), linear=frozenset(linear)
+    )
+    below, above = ends
+    setattr(getattr(model, family.base), family.layers, GlobalLayers([*below, *blocks, *above]))
+    _use_whole_config(model, config)
+    passage = Passage(model, family, split, function, secret)
+    for index, (_, block) in enumerate(blocks):
+        put_in_place(block, passage, first=index == 0)
+    model.passage, model.remote_trunk, model.split = passage, function, split
+    # DDP neither broadcasts nor reduces what is the trunk's.
+    model._ddp_params_and_buffers_to_ignore = _TrunkNames(model)
+    return dict(blocks)
+
+
 class _Split:
-    """Mixed into the family's class: refuses what would leave the trunk's blocks out."""
+    """Mixed into the family's class: what leaves the trunk's blocks out says so, or is refused."""
 
-    def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
-        """Refuses: what it would write loads elsewhere with random numbers in the trunk's blocks.
+    remote_trunk: TrunkFunction
+    split: SplitRange
 
-        Raises:
-            SharedWeightsError: Always.
+    def save_pretrained(
+        self, save_directory: Any, is_main_process: bool = True, **kwargs: Any
+    ) -> None:
+        """Writes the ends, in a folder that is read by ``SplitModelForCausalLM`` alone.
+
+        Args:
+            save_directory: Created if needed.
+            is_main_process: As in transformers.
+            **kwargs: As in transformers.
         """
-        raise SharedWeightsError(
-            "the trunk's blocks are not here, so this model cannot be saved whole: accepted is "
-            "save_pretrained of the PEFT model around it, which writes its adapter"
+        super().save_pretrained(  # type: ignore[misc]
+            save_directory, is_main_process=is_main_process, **kwargs
         )
+        if is_main_process:
+            digest = self.remote_trunk.session.info.weight_digest
+            mark_as_ends(save_directory, str(self.split), digest)
 
     def generate_batch(self, *args: Any, **kwargs: Any) -> None:
         """Refuses: continuous batching keeps its cache in attention layers, which are the trunk's.
@@ -103,22 +178,21 @@ class _Split:
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Its class is made as the program runs, so pickle is told how."""
-        return _again, (type(self).__bases__[1],), self.__dict__
+        made = type(self)
+        return _again, (made.__bases__[1], "forward" in made.__dict__), self.__dict__
 
 
-_classes: dict[type, type] = {}
+@functools.cache
+def _split_class(plain: type, fused_loss: bool) -> Any:
+    # Its own name: libraries decide by it.
+    body: dict[str, Any] = {"__module__": plain.__module__, "__qualname__": plain.__qualname__}
+    if fused_loss:
+        body["forward"] = with_fused_loss(plain)
+    return type(plain.__name__, (_Split, plain), body)
 
 
-def _split_class(plain: type) -> Any:
-    if plain not in _classes:
-        # Its own name: libraries decide by it.
-        body = {"__module__": plain.__module__, "__qualname__": plain.__qualname__}
-        _classes[plain] = type(plain.__name__, (_Split, plain), body)
-    return _classes[plain]
-
-
-def _again(plain: type) -> Any:
-    return object.__new__(_split_class(plain))
+def _again(plain: type, fused_loss: bool) -> Any:
+    return object.__new__(_split_class(plain, fused_loss))
 
 
 @dataclass(frozen=True)
@@ -127,17 +201,20 @@ class _Fetches:
 
     function: TrunkFunction
 
-    def __call__(self, name: str, transposed: bool) -> Fetch:
-        return _FetchOne(self.function, name)
+    def __call__(self, name: str) -> tuple[Fetch, Norms]:
+        of = self.function
+        return _Fetched(of, name), (_Fetched(of, name, "rows"), _Fetched(of, name, "columns"))
 
 
 @dataclass(frozen=True)
-class _FetchOne:
+class _Fetched:
     function: TrunkFunction
     name: str
+    norms: str = ""
+    """Of ``rows`` or ``columns``; empty for the matrix itself."""
 
     def __call__(self) -> torch.Tensor:
-        return self.function.fetch(self.name)
+        return self.function.fetch(self.name, self.norms)
 
 
 @dataclass(frozen=True)
@@ -149,6 +226,38 @@ class _TrunkNames:
     def __iter__(self) -> Any:
         names = [n for n, p in self.model.named_parameters() if isinstance(p, RemoteTensor)]
         return iter([prefix + name for name in names for prefix in ("", "base_model.model.")])
+
+
+def _ends_config(config: PreTrainedConfig, split: SplitRange) -> PreTrainedConfig:
+    """The whole model's configuration, with one layer for all of the trunk's."""
+    trimmed = copy.deepcopy(config)
+    count = config.num_hidden_layers
+    if getattr(config, "layer_types", None):
+        kept = config.layer_types
+        trimmed.layer_types = [*kept[: split.start + 1], *kept[split.end :]]
+    trimmed.num_hidden_layers = split.start + 1 + (count - split.end)
+    return trimmed
+
+
+def _own_layers(
+    layers: list[Any], checkpoint: Checkpoint, split: SplitRange
+) -> tuple[list[tuple[str, Any]], list[tuple[str, Any]]]:
+    """The client's blocks under their global names, below and above the trunk's."""
+    below = [(str(i), layers[i]) for i in range(split.start)]
+    above = [(str(split.end + i), layer) for i, layer in enumerate(layers[split.start + 1 :])]
+    for name, layer in [*below, *above]:
+        checkpoint.family.fix_layer(layer, 0, int(name))
+    return below, above
+
+
+def _take_trained_vectors(block: nn.Module, prefix: str, checkpoint: Checkpoint) -> None:
+    """Norms and biases of the trunk's blocks that were trained with the ends, and saved so."""
+    if "ends" not in checkpoint.metadata:
+        return
+    with torch.no_grad():
+        for name, parameter in block.named_parameters(prefix=prefix):
+            if parameter.ndim < 2 and name in checkpoint:
+                parameter.copy_(checkpoint.read(name))
 
 
 def _use_whole_config(model: Any, config: Any) -> None:

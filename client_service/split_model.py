@@ -1,35 +1,32 @@
-"""The client's model: the family's ordinary ``…ForCausalLM`` with a hole where the trunk is."""
+"""Loading a split model: the family's ordinary class, whose middle blocks a trunk computes."""
 
 from __future__ import annotations
 
 import logging
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import Any
 
 import torch
-from peft import PeftConfig
+from peft import PeftConfig, PeftModel, get_peft_model
 
+from client_service.adapter_base import tell_other_base
+from client_service.adapter_files import read_adapter
 from client_service.addresses import wait_for_trunk
+from client_service.by_peft import by_peft, seeded
 from client_service.calls import SessionTerms
-from client_service.hole import with_hole
-from client_service.remote_trunk import RemoteTrunk
+from client_service.dropout_key import user_secret
+from client_service.ends import train_ends
+from client_service.fresh_ends import redraw_ends
+from client_service.placement import TrunkPeft, check_parts, placed
 from client_service.session import RECONNECT_TIMEOUT_S, TrunkSession
-from client_service.split_ends import TRUNK_ADAPTER, check_ends, train_ends
-from client_service.split_peft import LoadedAdapter, SplitPeftModelForCausalLM, read_loaded
+from client_service.skeleton_model import with_skeleton
 from client_service.wire_guard import WireGuard
-from shared.adapters.config import config_to_json
-from shared.adapters.joining import SplitShape
-from shared.adapters.plan import AdapterPlan, plan_adapter
-from shared.adapters.weights import Weights, read_adapter
-from shared.adapters.wrap import wrap
 from shared.errors import AdapterError
 from shared.models import Checkpoint, SplitRange, open_checkpoint
 from shared.models.digest import client_digest
 from shared.wire.formats import WireFormat
 
 logger = logging.getLogger(__name__)
-
-TrunkPeft: TypeAlias = "PeftConfig | Literal['same'] | None"
 
 
 class SplitModelForCausalLM:
@@ -45,8 +42,10 @@ class SplitModelForCausalLM:
         trunk_peft_config: TrunkPeft = "same",
         peft_parts: str = "all",
         adapter: str | Path | None = None,
-        seed: int = 0,
+        seed: int | None = None,
+        secret_ends: bool = False,
         dropout: float | None = None,
+        dropout_secret: str | Path | None = None,
         dtype: torch.dtype = torch.float32,
         wire_format: str = "float32",
         gradient_wire_format: str | None = None,
@@ -57,20 +56,27 @@ class SplitModelForCausalLM:
         onednn: bool = False,
         reconnect_timeout_s: float = RECONNECT_TIMEOUT_S,
     ) -> Any:
-        """Opens a session on a trunk and loads the two ends of a model around it.
+        """Opens a session on a trunk and loads the two ends of a model around its blocks.
+
+        What comes back is an ordinary model: ``get_peft_model(model, config)``,
+        ``PeftModel.from_pretrained(model, folder)``, optimizers and trainers do to it what they do
+        to the whole one. The arguments about adapters only say the first two of these in short.
 
         Args:
             model: Folder (whole or split layout) or hub id; only the ends' tensors are read.
             trunk: ``host:port`` of the trunk; several with commas are tried in turn.
             split: ``START:END`` that the trunk must serve; None takes what it serves.
-            peft_config: Adapter of the model; without one the ends are trained themselves.
-            trunk_peft_config: Adapter of the trunk's blocks: ``"same"`` as the ends, another
-                configuration of the same method, or None for a frozen trunk.
+            peft_config: As in ``get_peft_model``; without one the ends are trained themselves.
+            trunk_peft_config: Adapter of the trunk's blocks: ``"same"`` as the ends, another rank
+                or alpha of the same configuration, or None for a frozen trunk.
             peft_parts: Which parts ``peft_config`` adapts: ``all``, ``bottom``, ``trunk``, ``top``
                 or ``ends``; what it does not adapt is frozen. Without one, which ends are trained.
-            adapter: Folder of a whole model's PEFT adapter to start from, cut onto the parts.
-            seed: Fixes fresh adapter weights and the trunk's dropout.
+            adapter: As in ``PeftModel.from_pretrained(model, folder, is_trainable=True)``.
+            seed: Of torch's generator while a fresh adapter is drawn; None draws from it as it is.
+            secret_ends: Draws the ends' half of a fresh adapter from the system's randomness, see
+                :func:`client_service.redraw_ends`.
             dropout: Replaces the probability of the model's own dropout layers, on both sides.
+            dropout_secret: File of the secret of the trunk's dropout masks; None is the user's own.
             dtype: What the ends are computed in.
             wire_format: How hidden states travel: ``float32``, ``bfloat16``, ``float16`` or
                 ``int8``; the last ones lose digits (docs/performance.md tells what it does).
@@ -94,83 +100,68 @@ class SplitModelForCausalLM:
             TrunkUnavailableError: If no trunk answers within a few seconds.
             ModelMismatchError: If the trunk serves another model, split or weights.
             CheckpointError: If the model cannot be read.
-            AdapterError: If an adapter is refused.
+            AdapterError: If an adapter is refused, here, by PEFT or by the trunk.
             InvalidInputError: If a wire format is unknown, a bound is not positive, or oneDNN is
                 asked for in another dtype than float32.
         """
         checkpoint = open_checkpoint(model)
-        served = SplitRange.parse(split) if split else _served_split(trunk)
-        served.check(checkpoint.config.num_hidden_layers)
-        shape = SplitShape(checkpoint.family, served, checkpoint.config.num_hidden_layers)
-        plan, loaded = None, None
         if adapter is not None:
             if peft_config is not None:
                 raise AdapterError("give peft_config or adapter, not both")
-            plan, loaded = _plan_loaded(Path(adapter), checkpoint, shape)
-        elif peft_config is not None:
-            trunk_config = peft_config if trunk_peft_config == "same" else trunk_peft_config
-            plan = plan_adapter(peft_config, trunk_config, checkpoint.config, served, peft_parts)
-        trunk_json = "" if plan is None else plan.trunk_json
-        beside = None
-        if plan is None:
-            check_ends(peft_parts)
-            beside = _adapter_beside(model)
-            alone = beside[0] if beside else trunk_peft_config
-            trunk_json = config_to_json(alone) if isinstance(alone, PeftConfig) else ""
-        digest = _digest(checkpoint, served)
+            read_adapter(adapter)  # names what is missing or damaged, before anything is opened
+        check_parts(peft_parts)
+        if peft_config is None and trunk_peft_config not in ("same", None):
+            raise AdapterError(
+                "trunk_peft_config without peft_config: accepted is peft_config with peft_parts="
+                "'trunk', and modules_to_save for what is trained whole"
+            )
+        served = SplitRange.parse(split) if split else _served_split(trunk)
+        served.check(checkpoint.config.num_hidden_layers)
+        if peft_config is not None:
+            config = checkpoint.config
+            peft_config = placed(peft_config, trunk_peft_config, peft_parts, config, served)
+        secret = None if dropout_secret is None else user_secret(Path(dropout_secret))
         terms = SessionTerms(
             split=(served.start, served.end),
-            weight_digest=digest,
-            peft_config_json=trunk_json,
-            seed=seed,
-            dropout=dropout,
+            weight_digest=_digest(checkpoint, served),
             activation_format=WireFormat.named(wire_format),
             gradient_format=WireFormat.named(gradient_wire_format or wire_format),
         )
-        remote = RemoteTrunk(TrunkSession(trunk, terms, reconnect_timeout_s=reconnect_timeout_s))
+        session = TrunkSession(trunk, terms, reconnect_timeout_s=reconnect_timeout_s)
         try:
-            whole: Any = with_hole(
-                checkpoint, served, remote, dtype, dropout, quantize, fused_loss, onednn
+            base: Any = with_skeleton(
+                checkpoint,
+                served,
+                session,
+                dtype,
+                dropout=dropout,
+                secret=secret,
+                quantize=quantize,
+                fused_loss=fused_loss,
+                onednn=onednn,
             )
             if max_wire_drift is not None:
-                remote.guard = WireGuard(whole, remote, max_wire_drift, wire_check_every)
-            if plan is not None:
-                whole = wrap(whole, plan.client, seed, "client", SplitPeftModelForCausalLM)
-                remote.proxy.requires_grad_(remote.trainable)
+                base.wire_guard = WireGuard(
+                    base, base.remote_trunk, max_wire_drift, wire_check_every
+                )
+            whole = base
+            if peft_config is not None:
+                with by_peft("PEFT cannot put this adapter on the model"), seeded(seed):
+                    whole = get_peft_model(base, peft_config)
+                if secret_ends:
+                    redraw_ends(whole)
+            elif adapter is not None:
+                with by_peft(f"{adapter}: PEFT cannot load it on this model"):
+                    whole = PeftModel.from_pretrained(base, str(adapter), is_trainable=True)
+                tell_other_base(adapter, session.info)
             else:
-                train_ends(whole, peft_parts)
-            if loaded is not None:
-                whole.load_sides(str(adapter), loaded)
-            if beside is not None:
-                remote.restore(beside[1])
+                train_ends(base, peft_parts)
+            if whole is not base:
+                base.passage.check()
         except BaseException:
-            remote.close()
+            session.close()
             raise
         return whole.eval()
-
-
-def _adapter_beside(model: str | Path) -> tuple[PeftConfig, Weights] | None:
-    """The trunk's adapter in a folder of ends that were trained themselves."""
-    folder = Path(model) / TRUNK_ADAPTER
-    return read_adapter(folder) if folder.is_dir() else None
-
-
-def _plan_loaded(
-    folder: Path, checkpoint: Checkpoint, shape: SplitShape
-) -> tuple[AdapterPlan, LoadedAdapter]:
-    """An adapter that was saved whole, by side; one that leaves the trunk alone freezes it."""
-    loaded = read_loaded(folder, shape)
-    config = loaded.client.config
-    trunk_config = loaded.trunk.config if loaded.trunk.weights else None
-    parts = "all" if loaded.client.weights else "trunk"
-    plan = plan_adapter(
-        config if parts == "all" else loaded.trunk.config,
-        trunk_config,
-        checkpoint.config,
-        shape.split,
-        parts,
-    )
-    return plan, loaded
 
 
 def _served_split(trunk: str) -> SplitRange:

@@ -7,24 +7,33 @@ from __future__ import annotations
 
 import uuid
 from types import TracebackType
+from typing import Any
 
 import torch
-from peft import PeftConfig, PeftType
+from peft import PeftConfig, PeftType, get_peft_model
 
-from client_service.calls import ForwardCall, SessionTerms
-from client_service.optimizer_spec import OptimizerSettings
+from client_service.by_peft import by_peft, seeded
+from client_service.calls import SessionTerms
+from client_service.placement import placed
 from client_service.session import TrunkSession
-from shared.adapters.config import config_to_json
+from client_service.skeleton_model import blocks_alone
+from client_service.trunk_blocks import Passage
 from shared.errors import AdapterError, UnknownRequestError
+from shared.models.dropout import set_dropout
 
 
 class TrainingClient:
-    """The trunk's side of a hand-written training loop.
+    """The trunk's side of a hand-written training loop; its adapter's parameters are here.
+
+    Attributes:
+        session: On the trunk.
+        model: The trunk's blocks in a model that has nothing else, with the adapter if there is
+            one; every PEFT call that reads or writes an adapter takes it.
 
     Args:
         address: ``host:port`` of the trunk.
         peft_config: Adapter of the trunk's blocks; None leaves them frozen.
-        seed: Seeds the fresh adapter and the trunk's dropout.
+        seed: Of torch's generator while the adapter is drawn; None draws from it as it is.
         dropout: Replaces the probability of the trunk's own dropout layers.
         weight_digest: What the trunk must serve; None does not check.
 
@@ -39,32 +48,41 @@ class TrainingClient:
         address: str = "localhost:50052",
         peft_config: PeftConfig | None = None,
         *,
-        seed: int = 0,
+        seed: int | None = None,
         dropout: float | None = None,
         weight_digest: str | None = None,
     ) -> None:
-        if peft_config is not None and peft_config.peft_type == PeftType.ADALORA:
-            raise AdapterError(
-                "AdaLoRA divides one budget of ranks among all parts, which a trunk by itself "
-                "cannot: use SplitModelForCausalLM"
-            )
-        terms = SessionTerms(
-            weight_digest=weight_digest,
-            peft_config_json="" if peft_config is None else config_to_json(peft_config),
-            seed=seed,
-            dropout=dropout,
-        )
-        self.session = TrunkSession(address, terms)
-        self.peft_config = peft_config
-        self._step = 1
-        self._micro = 0
+        if peft_config is not None:
+            _check_method(peft_config)
+        self.session = TrunkSession(address, SessionTerms(weight_digest=weight_digest))
+        try:
+            self.model: Any = blocks_alone(self.session)
+            self._passage: Passage = self.model.passage
+            if dropout is not None:
+                set_dropout(self.model, dropout)
+            if peft_config is not None:
+                split = self.model.split
+                config = placed(peft_config, "same", "trunk", self.model.config, split)
+                with by_peft("PEFT cannot put this adapter on the trunk's blocks"), seeded(seed):
+                    self.model = get_peft_model(self.model, config)
+                self._passage.check()
+        except BaseException:
+            self.session.close()
+            raise
+        self._held: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
         self._last_request: str | None = None
+
+    def parameters(self) -> list[torch.nn.Parameter]:
+        """What is trained in the trunk's blocks, for an optimizer; empty for a frozen trunk."""
+        return [p for p in self.model.parameters() if p.requires_grad]
 
     def compute(
         self, hidden_BTD: torch.Tensor, attention_mask: torch.Tensor | None = None
     ) -> torch.Tensor:
         """Carries hidden states [B, T, D] through the trunk for inference; keeps nothing."""
-        return self.session.forward(hidden_BTD.detach(), ForwardCall(attention_mask)).hidden_BTD
+        self.model.eval()
+        with torch.no_grad():
+            return self._through(hidden_BTD, attention_mask)
 
     def forward(
         self,
@@ -86,22 +104,16 @@ class TrainingClient:
         Raises:
             TrunklineError: What the trunk answered, if it refused.
         """
-        request_id = request_id or uuid.uuid4().hex
-        call = ForwardCall(
-            attention_mask=attention_mask,
-            request_id=request_id,
-            keep_graph=True,
-            training=True,
-            step=self._step,
-            micro=self._micro,
-        )
-        output_BTD = self.session.forward(hidden_BTD.detach(), call).hidden_BTD
-        self._micro += 1
-        self._last_request = request_id
-        return output_BTD.requires_grad_(True)
+        self.model.train()
+        given_BTD = hidden_BTD.detach().requires_grad_(True)
+        with torch.enable_grad():
+            output_BTD = self._through(given_BTD, attention_mask)
+        self._last_request = request_id or uuid.uuid4().hex
+        self._held[self._last_request] = given_BTD, output_BTD
+        return output_BTD.detach().requires_grad_(True)
 
     def backward(self, gradient_BTD: torch.Tensor, request_id: str | None = None) -> torch.Tensor:
-        """Carries the loss's gradient [B, T, D] back through a forward.
+        """Carries the loss's gradient [B, T, D] back, adding to those of :meth:`parameters`.
 
         Args:
             gradient_BTD: With respect to that forward's result.
@@ -111,30 +123,27 @@ class TrainingClient:
             The gradient [B, T, D] with respect to that forward's input.
 
         Raises:
-            UnknownRequestError: If the trunk holds no such forward.
+            UnknownRequestError: If there was no such forward, or its backward was done.
             TrunklineError: What the trunk answered, if it refused.
         """
         request_id = request_id or self._last_request
-        if request_id is None:
-            raise UnknownRequestError("backward before any forward")
-        found, _ = self.session.backward(gradient_BTD, request_id)
-        assert found is not None
-        return found
-
-    def step(self, optimizer: OptimizerSettings, gradient_scale: float = 1.0) -> None:
-        """Steps the trunk's own optimizer on its adapter; nothing to do for a frozen trunk.
-
-        Raises:
-            TrunklineError: What the trunk answered, if it refused.
-        """
-        if self.session.trainable_parameters:
-            self.session.step(self._step, gradient_scale, optimizer)
-        self._step += 1
-        self._micro = 0
+        if request_id not in self._held:
+            raise UnknownRequestError(
+                f"backward of {request_id!r}: accepted are forwards whose backward was not done"
+            )
+        given_BTD, output_BTD = self._held[request_id]
+        output_BTD.backward(gradient_BTD)
+        del self._held[request_id]
+        assert given_BTD.grad is not None
+        return given_BTD.grad
 
     def close(self) -> None:
         """Ends the session; the trunk frees what it held."""
         self.session.close()
+
+    def _through(self, hidden_BTD: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+        self._passage.remember(mask)
+        return self._passage.through(hidden_BTD, None, None, self.model.training)
 
     def __enter__(self) -> TrainingClient:
         return self
@@ -146,3 +155,16 @@ class TrainingClient:
         traceback: TracebackType | None,
     ) -> None:
         self.close()
+
+
+def _check_method(config: PeftConfig) -> None:
+    if config.peft_type == PeftType.ADALORA:
+        raise AdapterError(
+            "AdaLoRA divides one budget of ranks among all parts, which a trunk by itself "
+            "cannot: use SplitModelForCausalLM"
+        )
+    if config.is_prompt_learning:
+        raise AdapterError(
+            f"{config.peft_type.value} puts virtual tokens before the whole model, of which a "
+            f"trunk by itself has a part: use SplitModelForCausalLM"
+        )

@@ -105,6 +105,16 @@ class Passage:
         tensors = adapter_tensors(blocks, self.function.dtype)
         return adapter_structure(blocks, configs), tensors
 
+    def check(self) -> None:
+        """Has the trunk build the adapters, before anything is trained.
+
+        Raises:
+            TrunklineError: If they cannot be had on a trunk, or on this one.
+        """
+        with torch.no_grad():
+            hidden_11D = torch.zeros(1, 1, self.function.session.info.hidden_size)
+            self.function(hidden_11D, ForwardCall(attention=self._attention()), self.adapters())
+
     def watch_mask(self) -> None:
         """Remembers the attention mask of every forward of the base model, by thread.
 
@@ -158,6 +168,7 @@ class Passage:
             adapter_names=names,
             attention=self._attention(),
             dropout_key=self._dropout_key(training, adapters),
+            in_float32=self.function.in_float32_here,
             autocast=torch.get_autocast_dtype(device)
             if torch.is_autocast_enabled(device)
             else None,

@@ -12,7 +12,8 @@ import collections
 import threading
 import uuid
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -81,7 +82,7 @@ class TrunkFunction:
     ) -> None:
         self.session, self.dtype = session, dtype
         self._base = base
-        self._lock = threading.Lock()
+        self._lock, self._here = threading.Lock(), threading.local()
         self._sent = SentState(base)
         self._dropped: collections.deque[tuple[str, str]] = collections.deque()
         # Not here and now: a finalizer may run in the middle of a send.
@@ -96,12 +97,14 @@ class TrunkFunction:
     def __setstate__(self, state: tuple[Any, ...]) -> None:
         self.__init__(*state)  # type: ignore[misc]
 
-    def fetch(self, name: str) -> torch.Tensor:
-        """Reads a base matrix of the trunk's blocks.
+    def fetch(self, name: str, norms: str = "") -> torch.Tensor:
+        """Reads a base matrix of the trunk's blocks, or the norms of its ``rows`` or ``columns``.
 
         Raises:
             SharedWeightsError: If the host does not give it.
         """
+        if norms:
+            return self.session.fetch_norms(name, norms)
         tensors, _ = self.session.fetch([name])
         return tensors[name]
 
@@ -139,10 +142,10 @@ class TrunkFunction:
         arguments = (computed.call.request_id, need_input_gradient, values, past, keep_graph)
         for _ in range(_ATTEMPTS):
             try:
-                return self.session.backward_of_values(gradient_BTD, *arguments)
+                return self.session.backward(gradient_BTD, *arguments)
             except UnknownRequestError:
                 self._compute_again([computed])
-        return self.session.backward_of_values(gradient_BTD, *arguments)
+        return self.session.backward(gradient_BTD, *arguments)
 
     def release(self, request_id: str = "", cache_id: str = "") -> None:
         """Notes state that will not be asked for again; the next call tells the trunk.
@@ -151,6 +154,20 @@ class TrunkFunction:
         send itself.
         """
         self._dropped.append((request_id, cache_id))
+
+    @property
+    def in_float32_here(self) -> bool:
+        """Whether this thread is inside of :meth:`in_float32`."""
+        return bool(getattr(self._here, "exact", False))
+
+    @contextmanager
+    def in_float32(self) -> Iterator[None]:
+        """Lets what this thread sends travel in float32, while it lasts."""
+        self._here.exact = True
+        try:
+            yield
+        finally:
+            self._here.exact = False
 
     def close(self) -> None:
         """Ends the session."""
@@ -231,7 +248,7 @@ class TrunkFunction:
                     version, pushed = push()
                     asked = replace(call, state_version=version, push=pushed)
                     sent = self.session.send_forward(hidden_BTD, asked)
-                return self.session.finish_forward(sent, hidden_BTD, asked).hidden_BTD
+                return self.session.finish_forward(sent, hidden_BTD, asked)
             except BaseException as error:
                 self._forget(version)
                 if not isinstance(error, StaleStateError) or last == 0:

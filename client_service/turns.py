@@ -12,8 +12,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 
@@ -103,26 +102,12 @@ def _seeded(seed: int, micro: int) -> dict[str, torch.Tensor]:
         return random_tensors()
 
 
-@dataclass
-class Cut:
-    """Where a micro-batch's graph is cut: at the hole."""
-
-    hidden_BTD: torch.Tensor
-    output_BTD: torch.Tensor
-    """A leaf that collects the gradient behind the trunk."""
-    penalty: torch.Tensor
-    call: Any
-    held: Any
-    """Releases the trunk's state when nobody comes back for it."""
-
-
-@dataclass
+@dataclass(frozen=True)
 class Turn:
     """A micro-batch of :class:`Turns`, as the thread that runs it knows it."""
 
     turns: Turns
     micro: int
-    cuts: list[Cut] = field(default_factory=list)
 
 
 _here = threading.local()

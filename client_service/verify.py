@@ -13,6 +13,7 @@ import torch
 from peft import PeftConfig, PeftModel, PeftType
 from transformers import get_scheduler
 
+from client_service.adapter_files import Weights
 from client_service.split_model import SplitModelForCausalLM
 from client_service.whole import (
     gradients,
@@ -21,7 +22,6 @@ from client_service.whole import (
     trained_weights,
     whole_twin,
 )
-from shared.adapters.weights import Weights
 from shared.errors import CheckpointError
 from shared.models import open_checkpoint
 
@@ -181,9 +181,7 @@ def is_adalora(model: Any) -> bool:
 
 def ranks_of(model: Any) -> dict[str, list[bool]]:
     """Which singular values AdaLoRA keeps, of a whole or split model, by matrix."""
-    joined = getattr(model, "joined_adapter", None)
-    config = model.peft_config["default"] if joined is None else joined().config
-    return {n.replace(".default", ""): kept for n, kept in (config.rank_pattern or {}).items()}
+    return dict(model.peft_config["default"].rank_pattern or {})
 
 
 @torch.no_grad()

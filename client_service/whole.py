@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftConfig, PeftModelForCausalLM
+from peft import get_peft_model
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-from shared.adapters.weights import adapter_weights, load_adapter_weights
-from shared.adapters.wrap import wrap
 from shared.models.dropout import set_dropout
 from shared.models.quantization import check_kind, prepare_loaded
 
@@ -41,48 +40,40 @@ def whole_twin(model: str | Path, split: Any, quantize: str = "") -> Any:
 
     Args:
         model: Folder or hub id of the whole model.
-        split: The split model, with an adapter or with ends that are trained themselves.
+        split: The split model, with adapters or with ends that are trained themselves.
         quantize: As the split model's two sides are.
     """
-    whole = load_whole(model, quantize)
-    whole.loss_type = "ForCausalLM"
-    set_dropout(whole, 0.0)
-    if not hasattr(split, "peft_config"):
-        return _with_frozen_trunk(whole, split)
-    joined = split.joined_adapter()
-    twin = wrap(whole, joined.config, 0, "whole", PeftModelForCausalLM)
-    if _has_encoder(joined.config):
-        # Of an encoder of virtual tokens PEFT would save only what it gives.
-        twin.prompt_encoder.load_state_dict(split.prompt_encoder.state_dict())
-    else:
-        load_adapter_weights(twin, joined.weights)
+    twin = load_whole(model, quantize)
+    set_dropout(twin, 0.0)
+    for name, config in getattr(split, "peft_config", {}).items():
+        config = copy.deepcopy(config)
+        if hasattr(twin, "peft_config"):
+            twin.add_adapter(name, config)
+        else:
+            twin = get_peft_model(twin, config, name)
+    ours = dict(split.named_parameters())
+    with torch.no_grad():
+        for name, parameter in twin.named_parameters():
+            value = ours[name]
+            parameter.requires_grad_(value.requires_grad)
+            if value.requires_grad:
+                parameter.copy_(value)
+        buffers = dict(split.named_buffers())
+        for name, buffer in twin.named_buffers():
+            if name in buffers and buffers[name].shape == buffer.shape:
+                buffer.copy_(buffers[name])
     return twin
 
 
 def trained_weights(model: Any) -> dict[str, torch.Tensor]:
-    """What training changes: the adapter of a whole or split model, or its own weights."""
-    if hasattr(model, "joined_adapter"):
-        return dict(model.joined_adapter().weights)
-    if hasattr(model, "peft_config"):
-        return adapter_weights(model)
+    """What training changes, by parameter name."""
     named = model.named_parameters()
-    return {n: p.detach().clone() for n, p in named if p.requires_grad and _is_own(n)}
+    return {n: p.detach().clone() for n, p in named if p.requires_grad}
 
 
 def gradients(model: Any) -> dict[str, torch.Tensor]:
-    """Every gradient of a whole or split model, by parameter name."""
-    found = {
-        name.replace(".default", ""): parameter.grad.clone()
-        for name, parameter in model.named_parameters()
-        if parameter.grad is not None and _is_own(name)
-    }
-    remote = getattr(model, "remote_trunk", None)
-    if remote is None:
-        return found
-    for name, theirs in remote.session.gradients().items():
-        # A prefix is one tensor over all blocks; it is the only name that both sides have.
-        found[name] = model.join_columns(found[name], theirs) if name in found else theirs
-    return found
+    """Every gradient there is, by parameter name."""
+    return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
 
 
 def largest_difference(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> float:
@@ -94,22 +85,3 @@ def largest_difference(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Te
     return max(
         (float((ours[n] - theirs[n]).abs().max()) for n in ours if ours[n].numel()), default=0.0
     )
-
-
-def _with_frozen_trunk(whole: Any, split: Any) -> Any:
-    own = {n for n, p in split.named_parameters() if p.requires_grad}
-    with torch.no_grad():
-        values = dict(split.named_parameters())
-        for name, parameter in whole.named_parameters():
-            parameter.requires_grad_(name in own)
-            if name in own:
-                parameter.copy_(values[name])
-    return whole
-
-
-def _has_encoder(config: PeftConfig) -> bool:
-    return bool(config.is_prompt_learning and config.peft_type.value == "P_TUNING")
-
-
-def _is_own(name: str) -> bool:
-    return not name.endswith(".proxy")

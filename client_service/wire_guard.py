@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from client_service.random_state import random_tensors, restore_torch
-from client_service.remote_trunk import RemoteTrunk
+from client_service.trunk_function import TrunkFunction
 from shared.errors import InvalidInputError
 from shared.wire.formats import WireFormat
 
@@ -35,7 +35,7 @@ class WireGuard:
         InvalidInputError: If the bound or the interval is not positive.
     """
 
-    def __init__(self, model: Any, remote: RemoteTrunk, bound: float, every: int) -> None:
+    def __init__(self, model: Any, remote: TrunkFunction, bound: float, every: int) -> None:
         if not bound > 0 or every < 1:
             raise InvalidInputError(
                 f"a wire drift of at most {bound} looked at every {every} forwards: both must be "
@@ -66,7 +66,7 @@ class WireGuard:
         before, self._here.random = self._here.random, None
         if before is None:
             return
-        after, penalty = random_tensors(), self._remote.penalty
+        after = random_tensors()
         self._here.comparing = True
         try:
             restore_torch(before)
@@ -75,7 +75,6 @@ class WireGuard:
         finally:
             self._here.comparing = False
             restore_torch(after)
-            self._remote.penalty = penalty
         loss, expected = _loss(output), _loss(exact)
         drift = abs(loss - expected) / max(abs(expected), torch.finfo(torch.float32).tiny)
         self.drifts.append(drift)

@@ -240,6 +240,7 @@ def info_response(info: TrunkInfo, limits: Limits) -> pb.GetInfoResponse:
         version=__version__,
         quantization=info.quantization,
         library_versions=library_versions(),
+        config_json=info.config_json,
     )
 
 

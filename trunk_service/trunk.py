@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -45,6 +46,8 @@ class TrunkInfo:
     dtype: torch.dtype
     weight_digest: str
     quantization: str = ""
+    config_json: str = ""
+    """The whole model's configuration, as transformers writes it."""
 
     @property
     def position_limit(self) -> int:
@@ -111,6 +114,7 @@ class Trunk:
             dtype=dtype,
             weight_digest=weight_digest(checkpoint, split),
             quantization=quantization,
+            config_json=json.dumps({**config.to_dict(), "_name_or_path": ""}),
         )
         part = part.to(device)
         if quantization:

@@ -48,7 +48,6 @@ from client_service.model_limits import check_prompt, check_vocabulary, virtual_
 from client_service.split_model import SplitModelForCausalLM
 from client_service.training import mean_loss
 from client_service.verify import VerifyPlan, verify
-from shared.adapters.plan import check_adapter
 from shared.bundled import private_heldout_file, private_train_file
 from shared.errors import DataError, InvalidInputError
 from shared.models import SplitRange, open_checkpoint
@@ -182,7 +181,6 @@ def verify_command(
     prepare(threads)
     model = model_or_bundled(model)
     config = read_peft_config(peft, peft_config, model, 0.0, steps)
-    check_adapter(config, config, peft_parts)
     _, blocks = load_blocks(model, data or private_train_file(), seq_len, config)
     ordered = labelled(batches(blocks, batch_size, seed))
     plan = VerifyPlan(steps=steps)

@@ -14,12 +14,11 @@ from peft import PeftConfig
 from transformers import AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
+from client_service.adapter_files import config_from_json, read_adapter
 from client_service.addresses import checked_addresses
 from client_service.data import read_texts, token_blocks
 from client_service.model_limits import check_block_length, check_vocabulary, virtual_tokens
 from client_service.peft_defaults import check_method, default_config
-from shared.adapters.config import config_from_json
-from shared.adapters.weights import read_adapter
 from shared.bundled import model_dir
 from shared.errors import AdapterError, CheckpointError, DataError, InvalidInputError
 from shared.models import open_checkpoint

@@ -13,6 +13,7 @@ import torch
 from pydantic import TypeAdapter, ValidationError
 
 from client_service.atomic_folder import replace_file
+from client_service.dropout_key import SECRET_VARIABLE, fingerprint, user_secret
 from shared.errors import CheckpointError, DataError
 from shared.models.tensor_files import first_line
 from shared.tensor_bytes import as_bytes
@@ -35,7 +36,7 @@ class RunSettings:
     batch_size: int
     seq_len: int
     lr: float
-    seed: int
+    seed: int | None
     optimizer: Literal["adamw", "sgd", "adafactor"]
     peft: str
     peft_config: Path | None
@@ -81,7 +82,12 @@ def write_run(out: Path, settings: RunSettings, blocks_NT: torch.Tensor) -> None
     Raises:
         CheckpointError: If the disk refuses.
     """
-    run = {"format": FORMAT, "arguments": asdict(settings), "data_sha256": _digest(blocks_NT)}
+    run = {
+        "format": FORMAT,
+        "arguments": asdict(settings),
+        "data_sha256": _digest(blocks_NT),
+        "dropout_secret": _secret_of(settings),
+    }
     put_file(out / RUN_FILE, json.dumps(run, indent=2, default=str).encode())
 
 
@@ -123,6 +129,24 @@ def check_same_data(out: Path, blocks_NT: torch.Tensor) -> None:
     """
     if _read(out / RUN_FILE).get("data_sha256") != _digest(blocks_NT):
         raise DataError(f"{out / RUN_FILE}: the data or the tokenizer has changed since this run")
+
+
+def check_same_secret(out: Path, settings: RunSettings) -> None:
+    """Refuses to go on with dropout of another secret, whose masks would be others.
+
+    Args:
+        out: Folder of the run.
+        settings: Of the run.
+
+    Raises:
+        CheckpointError: If it is not that of the run.
+    """
+    began, now = _read(out / RUN_FILE).get("dropout_secret"), _secret_of(settings)
+    if began != now:
+        raise CheckpointError(
+            f"{out / RUN_FILE}: dropout of this run began under the secret {began}, here is {now}; "
+            f"name its file in {SECRET_VARIABLE}"
+        )
 
 
 def cut_metrics(out: Path, step: int) -> None:
@@ -171,6 +195,11 @@ def put_file(path: Path, data: bytes) -> None:
         replace_file(path, data)
     except OSError as error:
         raise CheckpointError(f"{path}: was not written ({first_line(error)})") from error
+
+
+def _secret_of(settings: RunSettings) -> str | None:
+    """The fingerprint of the secret of dropout masks, where there are any."""
+    return fingerprint(user_secret()) if settings.dropout else None
 
 
 def _digest(blocks_NT: torch.Tensor) -> str:

@@ -15,10 +15,11 @@ from peft import PeftConfig
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from client_service.adapter_base import note_base
 from client_service.addresses import wait_for_trunk
 from client_service.atomic_folder import remove_leftovers, replaced_folder
 from client_service.chat import ChatOptions
-from client_service.checkpoint import Checkpoint, Checkpoints, check_can_be_saved
+from client_service.checkpoint import Checkpoint, Checkpoints
 from client_service.checkpoint_files import has_checkpoints
 from client_service.cli import app
 from client_service.cli.chat import talk
@@ -35,7 +36,6 @@ from client_service.cli.options import (
     PeftOption,
     PeftPartsOption,
     QuantizeOption,
-    SeedOption,
     SeqLenOption,
     StepsOption,
     ThreadsOption,
@@ -55,14 +55,15 @@ from client_service.cli.run_file import (
     RUN_FILE,
     RunSettings,
     check_same_data,
+    check_same_secret,
     cut_metrics,
     resumed_settings,
     write_run,
 )
 from client_service.data import batches
+from client_service.fresh_ends import can_redraw
 from client_service.split_model import SplitModelForCausalLM
 from client_service.training import StepMetrics, TrainingPlan, train
-from shared.adapters.plan import check_adapter
 from shared.bundled import private_train_file
 from shared.errors import AdapterError, CheckpointError, InvalidInputError
 from shared.freed_memory import keep_freed_memory, return_freed_memory
@@ -98,7 +99,15 @@ def train_command(
     batch_size: BatchSizeOption = 8,
     seq_len: SeqLenOption = 128,
     lr: Annotated[float, typer.Option(help="Learning rate.", min=0, max=_LARGEST)] = 1e-3,
-    seed: SeedOption = 0,
+    seed: Annotated[
+        int | None,
+        typer.Option(
+            help="Of everything that is drawn; without one, the ends' fresh adapter is drawn from "
+            "the system's randomness.",
+            min=0,
+            max=MOST,
+        ),
+    ] = None,
     optimizer: Annotated[
         Literal["adamw", "sgd", "adafactor"], typer.Option(help="Of all parts, the trunk's too.")
     ] = "adamw",
@@ -193,12 +202,11 @@ def _check_again(context: typer.Context, settings: RunSettings, path: Path) -> N
 def _train(out: Path, settings: RunSettings, resume: bool) -> None:
     model = model_or_bundled(settings.model)
     config = _adapter(model, settings)
-    if settings.checkpoint_every:
-        check_can_be_saved(config)
     data_file = settings.data or private_train_file()
     tokenizer, blocks = load_blocks(model, data_file, settings.seq_len, config)
     if resume:
         check_same_data(out, blocks)
+        check_same_secret(out, settings)
         # Whatever ended the run may have ended its trunk too.
         wait_for_trunk(settings.trunk, settings.reconnect_timeout)
     split = _open(model, settings, None if settings.adapter else config)
@@ -217,17 +225,17 @@ def _train(out: Path, settings: RunSettings, resume: bool) -> None:
         micro_batches=min(settings.micro_batches, settings.batch_size),
         schedule=settings.lr_schedule,
         warmup_steps=settings.warmup_steps,
-        seed=settings.seed,
+        seed=settings.seed or 0,
     )
     taken = start.batches_taken if start else 0
-    data = batches(blocks, settings.batch_size, settings.seed, taken)
+    data = batches(blocks, settings.batch_size, plan.seed, taken)
     restore = start.restore if start else None
     run = train(split, data, plan, restore, checkpoints.save_if_due)
     facts = _finish(run, settings.steps, out, start)
     write_adapter(split, out)
     show({"adapter": str(out / "adapter"), **facts})
     if settings.chat:
-        talk(split, tokenizer, ChatOptions(seed=settings.seed))
+        talk(split, tokenizer, ChatOptions(seed=plan.seed))
     split.remote_trunk.close()
 
 
@@ -237,12 +245,9 @@ def _adapter(model: str, settings: RunSettings) -> PeftConfig | None:
         if settings.peft_config is not None:
             raise AdapterError("--peft-config with --adapter, which has its own: give either")
         return adapter_config(settings.adapter)
-    config = read_peft_config(
+    return read_peft_config(
         settings.peft, settings.peft_config, model, settings.dropout, settings.steps
     )
-    on_trunk = config if settings.trunk_peft == "same" else None
-    check_adapter(config, on_trunk, settings.peft_parts)
-    return config
 
 
 def _open(model: str, settings: RunSettings, config: PeftConfig | None) -> Any:
@@ -253,7 +258,9 @@ def _open(model: str, settings: RunSettings, config: PeftConfig | None) -> Any:
         trunk_peft_config="same" if settings.trunk_peft == "same" else None,
         peft_parts=settings.peft_parts,
         adapter=settings.adapter,
-        seed=settings.seed,
+        seed=settings.seed or 0,
+        # Without a seed that repeats it, what the ends begin with is nobody's to find out.
+        secret_ends=config is not None and settings.seed is None and can_redraw(config),
         dropout=settings.dropout,
         quantize=settings.quantize,
         fused_loss=settings.fused_loss,
@@ -290,6 +297,7 @@ def write_adapter(split: Any, out: Path) -> None:
         remove_leftovers(out)
         with replaced_folder(out / "adapter") as folder:
             split.save_pretrained(folder)
+            note_base(folder, split.remote_trunk.session)
     except Exception as error:
         if not is_of_the_disk(error):
             raise

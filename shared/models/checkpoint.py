@@ -31,6 +31,9 @@ WEIGHT_FILES = (
     "pytorch_model.bin.index.json",
 )
 
+ENDS_TYPE = "trunkline_ends"
+"""Model type of a folder of trained ends, which transformers does not know."""
+
 # Causal masks (GPT-2, GPT-NeoX) and rotary frequencies, which are computed today.
 _OLD_BUFFER = re.compile(r"\.(attn|attention)\.(masked_)?bias$|\.rotary_emb\.inv_freq$")
 
@@ -135,7 +138,9 @@ def open_checkpoint(model: str | Path) -> Checkpoint:
 
 
 def _open_whole(source: str, find: Callable[[str], Path | None]) -> Checkpoint:
-    checkpoint = Checkpoint(source, _read_config(source, find), source)
+    config, metadata = _read_config(source, find)
+    checkpoint = Checkpoint(source, config, source)
+    checkpoint.metadata |= metadata
     found = next(((n, p) for n in WEIGHT_FILES if (p := find(n)) is not None), None)
     if found is None:
         raise CheckpointError(f"{source}: no weights; accepted: {', '.join(WEIGHT_FILES)}")
@@ -162,14 +167,20 @@ def _add_shards(checkpoint: Checkpoint, index: Path, find: Callable[[str], Path 
         checkpoint.add_file(shard, partial(opener, shard), names)
 
 
-def _read_config(source: str, find: Callable[[str], Path | None]) -> PreTrainedConfig:
+def _read_config(
+    source: str, find: Callable[[str], Path | None]
+) -> tuple[PreTrainedConfig, dict[str, dict[str, Any]]]:
     path = find("config.json")
     if path is None:
         raise CheckpointError(f"{source}: no config.json there, so not a model folder")
     raw = _read_json(path)
-    family_of(str(raw.get("model_type")))
+    ends = raw if raw.get("model_type") == ENDS_TYPE else None
+    fields: Any = raw if ends is None else raw.get("config")
+    family_of(str(fields.get("model_type") if isinstance(fields, dict) else fields))
     try:
-        return AutoConfig.from_pretrained(path.parent)
+        if ends is not None:
+            return AutoConfig.for_model(**fields), {"ends": ends}
+        return AutoConfig.from_pretrained(path.parent), {}
     except Exception as error:  # each family's configuration raises what it likes
         raise CheckpointError(f"{path}: not a configuration ({first_line(error)})") from error
 

@@ -71,9 +71,8 @@ def client_digest(checkpoint: Checkpoint, split: SplitRange) -> str | None:
     metadata of its parts, or from the configuration that was saved with trained ends.
     """
     stated = {m.get("weight_digest") for m in checkpoint.metadata.values()}
-    stated.add(getattr(checkpoint.config, "trunkline_weight_digest", None))
     stated.discard(None)
-    if checkpoint.layer_names(split):
+    if checkpoint.layer_names(split) and "ends" not in checkpoint.metadata:
         return weight_digest(checkpoint, split)
     return str(stated.pop()) if len(stated) == 1 else None
 

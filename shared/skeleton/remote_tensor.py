@@ -1,8 +1,9 @@
 """A matrix of the trunk's blocks as the client has it: shape, dtype and device, no numbers.
 
 Libraries that ask a base weight for its shape or move it find what they expect. What computes with
-the numbers (DoRA's norms, a copy for ``modules_to_save``) has them fetched, if the host allows it;
-what would write into them is refused, because the trunk's weights are shared by its tenants.
+the numbers (a copy for ``modules_to_save``) has them fetched, if the host allows it; the norm of
+each row alone (DoRA's fresh magnitudes) is asked for as such. What would write into them is refused,
+because the trunk's weights are shared by its tenants.
 """
 
 from __future__ import annotations
@@ -20,8 +21,14 @@ from shared.errors import SharedWeightsError
 
 aten = torch.ops.aten
 
+_TRANSPOSING = (aten.t.default, aten.numpy_T.default)
+
 Fetch = Callable[[], torch.Tensor]
 """Gives a matrix's numbers, or raises why it does not. Pickled with the model, if that is."""
+
+Norms = tuple[Fetch | None, Fetch | None]
+"""What gives the 2-norm of each row, and of each column; None where that takes the numbers."""
+
 
 
 class RemoteTensor(torch.Tensor):
@@ -32,14 +39,21 @@ class RemoteTensor(torch.Tensor):
         dtype: Of the matrix.
         device: Where the client computes; fetched numbers are put there.
         fetch: Gives the numbers.
+        norms: Of its rows and columns.
     """
 
     fetch: Fetch
+    norms: Norms
     _is_hf_initialized = True  # transformers' initialisation passes it by
 
     @staticmethod
     def __new__(
-        cls, shape: torch.Size, dtype: torch.dtype, device: torch.device, fetch: Fetch
+        cls,
+        shape: torch.Size,
+        dtype: torch.dtype,
+        device: torch.device,
+        fetch: Fetch,
+        norms: Norms = (None, None),
     ) -> RemoteTensor:
         """Makes a tensor without storage."""
         made: RemoteTensor = torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
@@ -48,9 +62,14 @@ class RemoteTensor(torch.Tensor):
         return made
 
     def __init__(
-        self, shape: torch.Size, dtype: torch.dtype, device: torch.device, fetch: Fetch
+        self,
+        shape: torch.Size,
+        dtype: torch.dtype,
+        device: torch.device,
+        fetch: Fetch,
+        norms: Norms = (None, None),
     ) -> None:
-        self.fetch = fetch
+        self.fetch, self.norms = fetch, norms
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]
@@ -74,6 +93,12 @@ class RemoteTensor(torch.Tensor):
                 raise _refusal(str(func))
         if any(result.alias_info is not None for result in func._schema.returns):
             return _views(func, args, kwargs)  # or a write into a view would go nowhere
+        if func is aten.add.Tensor and _adds_nothing(*args, **kwargs):
+            of = args[0]
+            result = _Result(func, args, kwargs)
+            return RemoteTensor(of.shape, of.dtype, of.device, result, of.norms)
+        if func is aten.linalg_vector_norm.default and _is_of_rows(*args, **kwargs):
+            return args[0].norms[0]().to(args[0].device, args[0].dtype)
         return _computed(func, args, kwargs)
 
     @property
@@ -98,30 +123,34 @@ class RemoteTensor(torch.Tensor):
         self, dtype: torch.dtype | None = None, device: torch.device | None = None
     ) -> RemoteTensor:
         """Describes the same matrix, in another dtype or elsewhere."""
-        return RemoteTensor(self.shape, dtype or self.dtype, device or self.device, self.fetch)
+        norms = self.norms if dtype in (None, self.dtype) else (None, None)
+        return RemoteTensor(
+            self.shape, dtype or self.dtype, device or self.device, self.fetch, norms
+        )
 
     def __deepcopy__(self, memo: dict[int, Any]) -> torch.Tensor:
         made = _of_kind(self, self.like())
-        made.fetch = copy.deepcopy(self.fetch, memo)  # of the copied model's own session
+        # Of the copied model's own session.
+        made.fetch, made.norms = copy.deepcopy((self.fetch, self.norms), memo)
         return memo.setdefault(id(self), made)  # type: ignore[no-any-return]
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         as_parameter = isinstance(self, nn.Parameter)
-        given = (self.shape, self.dtype, self.device, self.fetch, as_parameter, self.requires_grad)
-        return _again, given
+        given = (self.shape, self.dtype, self.device, self.fetch, self.norms)
+        return _again, (*given, as_parameter, self.requires_grad)
 
     def __repr__(self, **_: Any) -> str:  # type: ignore[override]
         return f"RemoteTensor({tuple(self.shape)}, {self.dtype})"
 
 
 @dataclass(frozen=True)
-class _View:
-    """Fetches a matrix and looks at a part of it."""
+class _Result:
+    """Fetches a matrix and computes with it, or looks at a part of it."""
 
     func: Any
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
-    index: int | None
+    index: int | None = None
     """Which of several results."""
 
     def __call__(self) -> torch.Tensor:
@@ -138,13 +167,29 @@ def _views(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     of = next(a for a in args if isinstance(a, RemoteTensor))
     described = tree_map_only(RemoteTensor, _on_meta, (args, kwargs))
     found = func(*described[0], **described[1])
+    norms = of.norms[::-1] if func in _TRANSPOSING else (None, None)
 
     def view(like: torch.Tensor, index: int | None = None) -> RemoteTensor:
-        return RemoteTensor(like.shape, like.dtype, of.device, _View(func, args, kwargs, index))
+        result = _Result(func, args, kwargs, index)
+        return RemoteTensor(like.shape, like.dtype, of.device, result, norms)
 
     if isinstance(found, torch.Tensor):
         return view(found)
     return type(found)(view(like, index) for index, like in enumerate(found))
+
+
+def _adds_nothing(tensor: Any, other: Any, alpha: float = 1) -> bool:
+    same = isinstance(tensor, RemoteTensor) and isinstance(other, torch.Tensor)
+    if not same or isinstance(other, RemoteTensor) or other.shape != tensor.shape:
+        return False
+    return other.dtype == tensor.dtype and not bool(other.any())
+
+
+def _is_of_rows(
+    tensor: Any, order: Any = 2, dim: Any = None, keepdim: bool = False, dtype: Any = None
+) -> bool:
+    plain = order == 2 and list(dim or ()) == [1] and not keepdim and dtype is None
+    return plain and isinstance(tensor, RemoteTensor) and tensor.norms[0] is not None
 
 
 def _on_meta(tensor: RemoteTensor) -> torch.Tensor:
@@ -165,10 +210,11 @@ def _again(
     dtype: torch.dtype,
     device: torch.device,
     fetch: Fetch,
+    norms: Norms,
     as_parameter: bool,
     requires_grad: bool,
 ) -> torch.Tensor:
-    made = RemoteTensor(shape, dtype, device, fetch)
+    made = RemoteTensor(shape, dtype, device, fetch, norms)
     return remote_parameter(made, requires_grad) if as_parameter else made
 
 

@@ -14,10 +14,10 @@ from transformers.pytorch_utils import Conv1D
 
 from shared.models.families import Family
 from shared.models.split_range import SplitRange
-from shared.skeleton.remote_tensor import Fetch, RemoteTensor, remote_parameter
+from shared.skeleton.remote_tensor import Fetch, Norms, RemoteTensor, remote_parameter
 
-FetchOf = Callable[[str, bool], Fetch]
-"""Of a parameter's name, and whether the layer is GPT-2's ``Conv1D``, which lies the other way."""
+FetchOf = Callable[[str], tuple[Fetch, Norms]]
+"""Of a parameter's name: what fetches it, and the norms of its rows and columns."""
 
 
 class Hollow:
@@ -133,8 +133,7 @@ def hollow(
                 value = vectors[full].detach().to(dtype, copy=True)
                 layer._parameters[name] = nn.Parameter(value, requires_grad=False)
                 continue
-            fetch = fetch_of(full, isinstance(layer, Conv1D))
-            remote = RemoteTensor(parameter.shape, dtype, torch.device("cpu"), fetch)
+            remote = RemoteTensor(parameter.shape, dtype, torch.device("cpu"), *fetch_of(full))
             layer._parameters[name] = remote_parameter(remote)
             layer.__class__ = _hollow_class(type(layer))
 

@@ -293,6 +293,7 @@ class GetInfoResponse(_message.Message):
     VERSION_FIELD_NUMBER: _builtins.int
     QUANTIZATION_FIELD_NUMBER: _builtins.int
     LIBRARY_VERSIONS_FIELD_NUMBER: _builtins.int
+    CONFIG_JSON_FIELD_NUMBER: _builtins.int
     model_type: _builtins.str
     num_layers: _builtins.int
     start_layer: _builtins.int
@@ -308,6 +309,8 @@ class GetInfoResponse(_message.Message):
     version: _builtins.str
     quantization: _builtins.str
     """How the base weights are held: empty, "nf4" or "int8"."""
+    config_json: _builtins.str
+    """The whole model's configuration, as transformers writes it."""
     @_builtins.property
     def peft_methods(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
     @_builtins.property
@@ -335,10 +338,11 @@ class GetInfoResponse(_message.Message):
         version: _builtins.str = ...,
         quantization: _builtins.str = ...,
         library_versions: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
+        config_json: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["compute_dtype", b"compute_dtype", "end_layer", b"end_layer", "hidden_size", b"hidden_size", "library_versions", b"library_versions", "max_adapter_parameters", b"max_adapter_parameters", "max_adapter_rank", b"max_adapter_rank", "max_positions", b"max_positions", "max_tokens_per_request", b"max_tokens_per_request", "model_type", b"model_type", "num_layers", b"num_layers", "optimizers", b"optimizers", "peft_methods", b"peft_methods", "quantization", b"quantization", "start_layer", b"start_layer", "version", b"version", "weight_digest", b"weight_digest"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["compute_dtype", b"compute_dtype", "config_json", b"config_json", "end_layer", b"end_layer", "hidden_size", b"hidden_size", "library_versions", b"library_versions", "max_adapter_parameters", b"max_adapter_parameters", "max_adapter_rank", b"max_adapter_rank", "max_positions", b"max_positions", "max_tokens_per_request", b"max_tokens_per_request", "model_type", b"model_type", "num_layers", b"num_layers", "optimizers", b"optimizers", "peft_methods", b"peft_methods", "quantization", b"quantization", "start_layer", b"start_layer", "version", b"version", "weight_digest", b"weight_digest"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
