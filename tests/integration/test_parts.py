@@ -9,11 +9,14 @@ from typing import Any
 
 import pytest
 import torch
+from peft import get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from client_service import PEFTSplitLearningTrainer, TrainingClient
+from client_service import PEFTSplitLearningTrainer, SplitModelForCausalLM, TrainingClient
+from client_service.adapter_files import Weights
 from client_service.peft_trainer import default_lora_config
+from client_service.whole import gradients, largest_difference, load_whole, trained_weights
 from shared.errors import CheckpointError, TensorError
 from shared.models import (
     FAMILIES,
@@ -148,46 +151,43 @@ def test_the_u_by_hand_trains_as_the_whole_model(
     bottom = GPT2BottomModel.from_pretrained(folder, end_layer=2)
     top = GPT2TopModel.from_pretrained(folder, start_layer=10)
     trainer = PEFTSplitLearningTrainer(bottom, top, client, config, learning_rate=1e-3)
-    whole, optimizer = whole_twin(folder, trainer)
+    parts = (trainer.bottom_peft, client.model, trainer.top_peft)
+    whole = get_peft_model(load_whole(folder), config).train()
+    fresh = trained(*parts)
+    with torch.no_grad():
+        for name, parameter in whole.named_parameters():
+            if parameter.requires_grad:
+                parameter.copy_(fresh[name])
+    optimizer = torch.optim.AdamW([p for p in whole.parameters() if p.requires_grad], lr=1e-3)
     for _ in range(5):
         ours = trainer.train_step(IDS, IDS, MASK)["loss"]
+        optimizer.zero_grad()
         loss = whole(input_ids=IDS, attention_mask=MASK, labels=IDS, use_cache=False).loss
         loss.backward()
+        assert largest_difference(gradients_of(*parts), gradients(whole)) == 0
         optimizer.step()
-        optimizer.zero_grad()
-        assert abs(ours - float(loss.detach())) <= 1e-5
+        assert ours == float(loss.detach())
+    assert largest_difference(trained(*parts), trained_weights(whole)) == 0
     trainer.save_lora_weights(tmp_path / "saved")
-    at_save = client.session.adapter()
+    at_save = trained(*parts)
     trainer.train_step(IDS, IDS)
     paths = [tmp_path / "saved" / f"{name}_lora" for name in ("bottom", "top", "trunk")]
     trainer.load_lora_weights(*paths)
-    restored = client.session.adapter()
-    assert all(torch.equal(restored[name], at_save[name]) for name in at_save)
+    assert largest_difference(trained(*parts), at_save) == 0
     client.close()
 
 
-def whole_twin(folder: Path, trainer: PEFTSplitLearningTrainer) -> tuple[Any, Any]:
-    """The unsplit PEFT model with the very weights the trainer starts from."""
-    from peft import PeftModel
+def trained(*parts: Any) -> Weights:
+    return {n: t for part in parts for n, t in trained_weights(part).items()}
 
-    from shared.adapters.weights import adapter_weights, write_adapter
 
-    weights = trainer.trunk_client.session.adapter()
-    for part in (trainer.bottom_peft, trainer.top_peft):
-        weights |= adapter_weights(part)
-    joined = folder.parent / "joined"
-    write_adapter(joined, trainer.bottom_peft.peft_config["default"], weights, str(folder))
-    base = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    whole = PeftModel.from_pretrained(base, joined, is_trainable=True).train()
-    parameters = [p for p in whole.parameters() if p.requires_grad]
-    return whole, torch.optim.AdamW(parameters, lr=1e-3)
+def gradients_of(*parts: Any) -> Weights:
+    return {n: t for part in parts for n, t in gradients(part).items()}
 
 
 def test_a_mask_of_another_length_is_refused_before_it_is_sent(
     trunkd: Callable[..., Daemon], tmp_path: Path
 ) -> None:
-    from client_service import SplitModelForCausalLM
-
     folder = save_tiny_model("gpt2", tmp_path / "model")
     model = SplitModelForCausalLM.from_pretrained(folder, trunkd("--model", str(folder)).address)
     with pytest.raises((TensorError, RuntimeError)):
