@@ -50,6 +50,10 @@ _MADE_OF_OTHERS = frozenset(
 )
 """Keywords of a block that the trunk makes itself of what it is sent, or that tell it nothing."""
 
+_OF_FLASH = frozenset({"cu_seq_lens_k", "cu_seq_lens_q", "max_length_k", "max_length_q", "seq_idx"})
+"""Where packed texts begin, for attention that has no mask; the trunk's kinds (eager and sdpa) read
+the mask, which transformers makes of the positions."""
+
 
 class Passage:
     """From the trunk's blocks of one model to the trunk. A copy of the model has one of its own.
@@ -290,7 +294,7 @@ class TrunkBlock:
             TrunklineError: What :meth:`Passage.through` raises.
         """
         said = {n for n, value in kwargs.items() if value is not None and value is not False}
-        foreign = said - _MADE_OF_OTHERS
+        foreign = said - _MADE_OF_OTHERS - _OF_FLASH
         if foreign:
             raise AdapterError(
                 f"{', '.join(sorted(foreign))} given to the trunk's blocks: accepted are the "
