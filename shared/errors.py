@@ -10,12 +10,10 @@
     │   ├── AdapterError                    a PEFT configuration, method or weight is unusable
     │   ├── DataError                       a training file is missing, empty or not text
     │   ├── TensorError                     shape, dtype, size or values of a tensor
-    │   ├── OptimizerError                  an optimizer or hyperparameter the trunk does not take
     │   └── ProtocolError                   a message out of order or malformed
     ├── RequestStateError (RuntimeError)    the request does not fit the session's state
     │   ├── UnknownRequestError
     │   ├── ReusedRequestError
-    │   ├── StepConflictError
     │   └── StaleStateError                 the trunk has another state of the client's adapters
     ├── SharedWeightsError (RuntimeError)   the trunk's base weights would be written or read
     ├── AuthenticationError (PermissionError)   no certificate or token that is accepted
@@ -62,10 +60,6 @@ class TensorError(InvalidInputError):
     """A tensor whose shape, dtype, size or values are not acceptable."""
 
 
-class OptimizerError(InvalidInputError):
-    """An optimizer, or a hyperparameter of one, that the trunk does not take."""
-
-
 class ProtocolError(InvalidInputError):
     """A message that is malformed or out of protocol order."""
 
@@ -79,11 +73,7 @@ class UnknownRequestError(RequestStateError):
 
 
 class ReusedRequestError(RequestStateError):
-    """The request id was used before in this session."""
-
-
-class StepConflictError(RequestStateError):
-    """The step number is neither the committed one nor its successor."""
+    """Another forward is held under the request id."""
 
 
 class StaleStateError(RequestStateError):

@@ -9,7 +9,7 @@ Dimension letters: B batch, T tokens, D model dimension.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -23,6 +23,7 @@ from trunk_service.budget import ByteBudget
 from trunk_service.footprint import measure_footprint
 from trunk_service.keyed_draws import KEY_BYTES, keyed_draws
 from trunk_service.limits import Limits
+from trunk_service.mixing import PlainLora, plain_lora
 from trunk_service.quotas import TenantQuota
 from trunk_service.requests import ForwardRequest
 from trunk_service.tenant_tree import TenantTree, TreeState
@@ -39,22 +40,20 @@ class ClientState:
         quota: What all sessions of the tenant may hold.
     """
 
-    virtual_tokens = 0
-    """Prefixes come with the client's forwards."""
-
     def __init__(
         self, trunk: Trunk, limits: Limits, budget: ByteBudget, quota: TenantQuota
     ) -> None:
-        self._trunk, self._budget, self._quota = trunk, budget, quota
+        self._trunk, self._quota = trunk, quota
         self._limits = TreeLimits(
             limits.max_adapters_per_session, limits.max_adapter_rank, limits.max_adapter_parameters
         )
         self._tree = trunk.new_tree(self._limits)
-        free = limits.peft_methods == Limits().peft_methods
-        self._methods = None if free else frozenset(limits.peft_methods)
-        """Those that the host has said it accepts; None if it has said nothing."""
+        self._methods = limits.peft_methods
         self._attention = trunk.config._attn_implementation
         self._bytes = self._numbers = 0
+        self._lora: PlainLora | None = None
+        self._lora_is_known = False
+        self.budget, self.on_close = budget, list[Callable[[], None]]()
         self.version = 0
         """Of the values that are here; 0 before any came."""
         self._measure()
@@ -68,6 +67,26 @@ class ClientState:
         """Weights and buffers: what a graph refers to and does not hold."""
         yield from self._tree.model.parameters()
         yield from self._tree.model.buffers()
+
+    @property
+    def lora(self) -> PlainLora | None:
+        """What it adds to the blocks' layers, another object whenever that may have changed.
+
+        None if it does more than that: then its rows cannot be computed beside others'.
+        """
+        if not self._lora_is_known:
+            self._lora, self._lora_is_known = plain_lora(self._tree.state), True
+        return self._lora
+
+    @property
+    def may_mix(self) -> bool:
+        """False once it is known that its rows cannot; may be asked from any thread."""
+        return self._lora is not None or not self._lora_is_known
+
+    def mixes(self, request: ForwardRequest) -> bool:
+        """Whether a forward's rows may be computed beside those of others."""
+        plain = request.attention in ("", self._attention) and request.autocast is None
+        return plain and not request.adapter_names and self.lora is not None
 
     def take(self, push: StatePush | None, version: int) -> None:
         """Brings the adapters to the version that a forward means.
@@ -91,6 +110,7 @@ class ClientState:
                 f"a change of version {push.since} of the client's adapters; here is {self.version}"
             )
         self._check_methods(push)
+        self._lora_is_known = False
         tree, state = self._tree, self._tree.state
         self._reserve(push)
         try:
@@ -145,22 +165,20 @@ class ClientState:
         finally:
             self._tree.restore(now)
 
-    def penalty(self) -> tuple[float, int]:
-        """None: what a loss adds for its adapters is the client's."""
-        return 0.0, 0
-
     def close(self) -> None:
         """Frees the values."""
+        while self.on_close:
+            self.on_close.pop()()
         self._tree = self._trunk.new_tree(self._limits)
         self._account(self._tree)
         self.version = 0
 
     def _check_methods(self, push: StatePush) -> None:
         for spec in push.structure.adapters if push.structure else ():
-            if self._methods is not None and spec.peft_type not in self._methods:
+            if self._methods and spec.peft_type not in self._methods:
                 raise AdapterError(
                     f"this trunk does not accept {spec.peft_type[:80]}; accepted: "
-                    f"{', '.join(sorted(self._methods))}"
+                    f"{', '.join(self._methods)}"
                 )
 
     def _reserve(self, push: StatePush) -> None:
@@ -185,12 +203,12 @@ class ClientState:
             self._quota.reserve_parameters(more)
         try:
             if more_bytes > 0:
-                self._budget.reserve(more_bytes)
+                self.budget.reserve(more_bytes)
         except BaseException:
             self._quota.release_parameters(max(0, more))
             raise
         self._quota.release_parameters(max(0, -more))
-        self._budget.release(max(0, -more_bytes))
+        self.budget.release(max(0, -more_bytes))
         self._numbers, self._bytes = numbers, tree.nbytes
 
     def _measure(self) -> None:

@@ -76,8 +76,8 @@ class Execution:
         if joint is not None and joint.item.computed_s:
             computed_s = joint.item.computed_s
         self.metrics.request_done(owner.tenant, kind, "OK", computed_s)
-        if kind == "step":
-            self.metrics.step(owner.tenant)
+        if kind == "forward" and body.HasField("state"):
+            self.metrics.pushed(owner.tenant)
         response.id = message.id
         return response, sent
 

@@ -26,9 +26,9 @@ class HeldRequest:
     input_BTD: torch.Tensor
     output_BTD: torch.Tensor | None
     room: Room
+    state: TreeState
+    """The client's adapters that it was computed with."""
     expires_at: float
-    state: TreeState | None = None
-    """The client's adapters that it was computed with; None of a session's own."""
 
     @property
     def mode(self) -> HeldMode:
@@ -57,35 +57,31 @@ class HeldRequests:
         self._lease_s = lease_s
         self._clock = clock
         self._held: dict[str, HeldRequest] = {}
-        self._used: set[str] = set()
 
     def __len__(self) -> int:
         return len(self._held)
 
-    def check_new(self, request_id: str) -> None:
-        """Refuses a request id that was used since the last step.
+    def same(self, request: ForwardRequest) -> HeldRequest | None:
+        """Returns what is held of this very forward, if it came before.
 
         Raises:
-            ReusedRequestError: Names the id.
+            ReusedRequestError: If another forward is held under its id.
         """
-        if request_id in self._held or request_id in self._used:
-            raise ReusedRequestError(f"request id {request_id!r} was used before")
-
-    def same(self, request: ForwardRequest) -> HeldRequest | None:
-        """Returns what is held of this very forward, if it came before."""
         held = self._held.get(request.request_id)
         if held is None:
             return None
         before = held.request
-        if _plain(request) != _plain(before):
-            return None
         pairs = (
             (request.hidden_BTD, before.hidden_BTD),
             (request.attention_mask, before.attention_mask),
             (request.position_ids, before.position_ids),
             *itertools.zip_longest(request.past, before.past),
         )
-        return held if all(_equal(a, b) for a, b in pairs) else None
+        if _plain(request) != _plain(before) or not all(_equal(a, b) for a, b in pairs):
+            raise ReusedRequestError(
+                f"another forward is held under request id {request.request_id[:120]!r}"
+            )
+        return held
 
     def add(
         self,
@@ -93,30 +89,27 @@ class HeldRequests:
         input_BTD: torch.Tensor,
         output_BTD: torch.Tensor | None,
         room: Room,
-        state: TreeState | None = None,
+        state: TreeState,
     ) -> HeldRequest:
         """Keeps a forward that there is room for."""
         expires_at = self._clock() + self._lease_s
-        held = HeldRequest(request, input_BTD, output_BTD, room, expires_at, state)
+        held = HeldRequest(request, input_BTD, output_BTD, room, state, expires_at)
         self._held[request.request_id] = held
-        if state is None:
-            self._used.add(request.request_id)
         return held
 
     def get(self, request_id: str) -> HeldRequest:
         """Returns the state of a forward.
 
         Raises:
-            UnknownRequestError: If there is none; says whether the id was ever used.
+            UnknownRequestError: If there is none.
         """
-        if request_id in self._held:
-            return self._held[request_id]
-        if request_id in self._used:
+        held = self._held.get(request_id)
+        if held is None:
             raise UnknownRequestError(
-                f"request {request_id!r} holds no state any more: its backward was done, "
-                f"or it was released or expired"
+                f"request {request_id[:120]!r} holds no state: no forward had this id, its "
+                f"backward was done, or it was released or expired"
             )
-        raise UnknownRequestError(f"request {request_id!r} is unknown: no forward had this id")
+        return held
 
     def drop(self, request_id: str) -> None:
         """Frees the state of a forward; one that is not there is ignored."""
@@ -128,12 +121,6 @@ class HeldRequests:
         """Frees everything."""
         for request_id in list(self._held):
             self.drop(request_id)
-
-    def drop_of(self, adapter: str) -> None:
-        """Frees everything that was computed with one adapter."""
-        for request_id, held in list(self._held.items()):
-            if held.request.adapter == adapter:
-                self.drop(request_id)
 
     @property
     def any_expired(self) -> bool:
@@ -148,10 +135,6 @@ class HeldRequests:
         for request_id in expired:
             self.drop(request_id)
         return expired
-
-    def forget_used(self) -> None:
-        """Lets ids of finished requests be used again, so that their list stays bounded."""
-        self._used.clear()
 
 
 def _plain(request: ForwardRequest) -> tuple[object, ...]:

@@ -20,7 +20,6 @@ from functools import partial
 import torch
 
 from shared.errors import ResourceExhaustedError, TrunklineError
-from trunk_service.adapter import TenantAdapter
 from trunk_service.budget import ByteBudget
 from trunk_service.mixed_adapters import MixedAdapters
 from trunk_service.packed_rows import PackedRows
@@ -51,7 +50,6 @@ class _Begun:
 
     session: TenantSession
     request: ForwardRequest
-    adapter: TenantAdapter
     input_B1D: torch.Tensor
     rows: PackedRows
 
@@ -117,16 +115,18 @@ class JointDecoding:
         return None if ready is None else _Begun(session, request, *ready)
 
     def _compute(self, begun: list[_Begun]) -> dict[int, ForwardAnswer]:
-        admitted = self._mixed.admit(b.adapter for b in begun)
+        admitted = self._mixed.admit(b.session.client for b in begun)
         # In the order of the stack there is, if it is one of the same rows.
-        begun = sorted((b for b in begun if b.adapter in admitted), key=lambda b: b.rows.number)
+        begun = sorted(
+            (b for b in begun if b.session.client in admitted), key=lambda b: b.rows.number
+        )
         if len(begun) < 2:
             return {}
         stack = self._stack([b.rows for b in begun])
         info = self._trunk.info
         input_N1D = torch.cat([b.input_B1D for b in begun])
         output_N1D = self._mixed.run(
-            list(itertools.chain.from_iterable([b.adapter] * b.rows.rows for b in begun)),
+            list(itertools.chain.from_iterable([b.session.client] * b.rows.rows for b in begun)),
             inputs_embeds=input_N1D,
             attention_mask=stack.mask([self._seen(b.request) for b in begun], info.dtype),
             position_ids=torch.cat([self._positions(b) for b in begun]),
@@ -136,7 +136,7 @@ class JointDecoding:
         stack.commit()
         # Copies: an answer that is kept must not keep those of others.
         return {
-            id(b): b.session.end_decoding(b.request, output_N1D[rows].clone())
+            id(b): b.session.answer(b.request, output_N1D[rows].clone())
             for b, rows in zip(begun, stack.rows, strict=True)
         }
 
@@ -167,7 +167,7 @@ class JointDecoding:
 
 def joinable(request: ForwardRequest) -> bool:
     """Whether a request is one for a single token whose mask is an ordinary one."""
-    if not request.cache_id or request.keep_graph or request.training or request.state_version:
+    if not request.cache_id or request.keep_graph or request.training or request.push:
         return False
     if request.hidden_BTD.ndim != 3 or request.hidden_BTD.shape[1] != 1:
         return False

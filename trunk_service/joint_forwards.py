@@ -53,7 +53,7 @@ def joint_forward(
         request = translate.forward_request(body, tensors)
     except TrunklineError:
         return None  # is refused when it is its turn
-    if not (joinable(request) and session.state.joins(body.adapter, body.without_adapter)):
+    if not (joinable(request) and session.state.joins(request)):
         return None
     item = JointForward(session, request, sum(t.nbytes for t in tensors.values()))
     return Joint(item.rows, item) if item.rows <= max_rows else None

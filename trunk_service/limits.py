@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from shared.adapters.methods import accepted_methods
-
 GIB = 1024**3
 
 
@@ -18,10 +16,12 @@ class Limits:
     max_adapter_rank: int = 256
     max_adapter_parameters: int = 100_000_000
     max_adapters_per_session: int = 8
-    peft_methods: tuple[str, ...] = tuple(accepted_methods())
-    """PEFT methods that tenants may use."""
+    peft_methods: tuple[str, ...] = ()
+    """PEFT methods that tenants may use; empty for all that the trunk can build."""
     serve_weights: bool = False
     """Whether tenants may read base matrices of the blocks."""
+    check_finite: bool = False
+    """Whether hidden states and gradients with NaN or Inf are refused."""
     held_bytes: int = 4 * GIB
     """Autograd state and caches of all sessions."""
     session_held_bytes: int = 2 * GIB
@@ -34,8 +34,8 @@ class Limits:
     """Trainable numbers of all adapters of one tenant."""
     tenant_requests_in_flight: int = 64
     """Of all sessions of one tenant."""
-    tenant_steps_per_minute: float = 6000.0
-    """Optimizer steps of all sessions of one tenant, in bursts of up to a minute's."""
+    tenant_pushes_per_minute: float = 6000.0
+    """Changed adapters that all sessions of one tenant send, in bursts of up to a minute's."""
     max_requests_in_flight: int = 32
     """Of one session; more wait on the wire."""
     held_lease_s: float = 600.0

@@ -84,7 +84,7 @@ class TrunkMetrics:
         self._requests = self._counter(
             "trunkline_requests_total", "Requests answered.", "tenant", "kind", "code"
         )
-        self._steps = self._counter("trunkline_steps_total", "Optimizer steps done.", "tenant")
+        self._pushes = self._counter("trunkline_pushes_total", "Changed adapters taken.", "tenant")
         self._replays = self._counter(
             "trunkline_replays_total", "Answers given again to a client that came back.", "tenant"
         )
@@ -136,9 +136,9 @@ class TrunkMetrics:
         """Counts bytes that were sent to a client."""
         self._bytes.labels("out", tenant).inc(count)
 
-    def step(self, tenant: str) -> None:
-        """Counts an optimizer step."""
-        self._steps.labels(tenant).inc()
+    def pushed(self, tenant: str) -> None:
+        """Counts changed adapters that were taken."""
+        self._pushes.labels(tenant).inc()
 
     def batched(self, tenant: str, rows: int) -> None:
         """Counts rows that were computed together with those of other sessions."""

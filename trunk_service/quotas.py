@@ -33,9 +33,9 @@ class TenantQuota:
         self._limits, self._clock = limits, clock
         self._lock = threading.Lock()
         self._sessions = self._parameters = self._requests = 0
-        # A bucket of steps, refilled at the allowed rate.
-        self._burst = max(1.0, limits.tenant_steps_per_minute)
-        self._steps_left, self._refilled_at = self._burst, clock()
+        # A bucket of pushes, refilled at the allowed rate.
+        self._burst = max(1.0, limits.tenant_pushes_per_minute)
+        self._pushes_left, self._refilled_at = self._burst, clock()
 
     @property
     def sessions(self) -> int:
@@ -44,11 +44,11 @@ class TenantQuota:
 
     @property
     def holds_nothing(self) -> bool:
-        """Whether forgetting it would change nothing: the rate of its steps is counted too."""
+        """Whether forgetting it would change nothing: the rate of its pushes is counted too."""
         with self._lock:
             self._refill()
             holds = self._sessions or self._parameters or self._requests or self.budget.used
-            return not holds and self._steps_left >= self._burst
+            return not holds and self._pushes_left >= self._burst
 
     def add_session(self) -> None:
         """Counts one more session.
@@ -117,27 +117,27 @@ class TenantQuota:
             assert self._requests > 0, self.tenant
             self._requests -= 1
 
-    def check_step_rate(self) -> None:
-        """Counts one optimizer step.
+    def check_push_rate(self) -> None:
+        """Counts one push of changed adapters.
 
         Raises:
             ResourceExhaustedError: If it comes too early; tells when it may come.
         """
         with self._lock:
             self._refill()
-            if self._steps_left < 1.0:
-                rate = self._limits.tenant_steps_per_minute
+            if self._pushes_left < 1.0:
+                rate = self._limits.tenant_pushes_per_minute
                 raise ResourceExhaustedError(
-                    f"this tenant's steps come faster than tenant_steps_per_minute allows: "
+                    f"this tenant's adapters change faster than tenant_pushes_per_minute allows: "
                     f"{rate:g}, and the minute's are used",
-                    retry_after_s=(1.0 - self._steps_left) * _MINUTE_S / rate,
+                    retry_after_s=(1.0 - self._pushes_left) * _MINUTE_S / rate,
                 )
-            self._steps_left -= 1.0
+            self._pushes_left -= 1.0
 
     def _refill(self) -> None:
         now = self._clock()
-        refilled = (now - self._refilled_at) * self._limits.tenant_steps_per_minute / _MINUTE_S
-        self._steps_left = min(self._burst, self._steps_left + refilled)
+        refilled = (now - self._refilled_at) * self._limits.tenant_pushes_per_minute / _MINUTE_S
+        self._pushes_left = min(self._burst, self._pushes_left + refilled)
         self._refilled_at = now
 
 

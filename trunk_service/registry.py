@@ -202,9 +202,8 @@ class SessionRegistry:
 
     @property
     def holds_state(self) -> bool:
-        """True while a forward waits for its backward, or gradients for their step."""
-        states = [s.state for s in self.sessions() if s.attached]
-        return any(len(s.held) or s.holds_gradients for s in states)
+        """True while a forward waits for its backward."""
+        return any(len(s.state.held) for s in self.sessions() if s.attached)
 
     def _make_room(self, owner: TenantQuota) -> None:
         """Counts one more session; those that wait for a client make room for one that is here."""

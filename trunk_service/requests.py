@@ -14,7 +14,6 @@ import torch
 from shared.adapters.state_push import StatePush
 from shared.versions import library_versions
 from shared.wire.formats import Packed, WireFormat
-from trunk_service.optimizers import OptimizerSpec
 
 
 @dataclass(frozen=True)
@@ -24,24 +23,8 @@ class OpenRequest:
     weight_digest: str
     start_layer: int
     end_layer: int
-    peft_config_json: str = ""
-    seed: int = 0
-    dropout: float | None = None
     library_versions: Mapping[str, str] = field(default_factory=library_versions)
     """The client's; see :mod:`shared.versions`."""
-    wire_format: WireFormat = WireFormat.FLOAT32
-    """Of answers to requests that name none."""
-
-
-@dataclass(frozen=True)
-class AdapterRequest:
-    """An adapter to put around the trunk's blocks."""
-
-    name: str = ""
-    """Empty is the one of ``Open``."""
-    peft_config_json: str = ""
-    """Empty for the blocks as they are."""
-    seed: int = 0
 
 
 @dataclass(frozen=True)
@@ -68,17 +51,13 @@ class ForwardRequest:
     request_id: str = ""
     keep_graph: bool = False
     training: bool = False
-    step: int = 0
-    micro: int = 0
     cache_id: str = ""
     cache_edits: list[CacheEdit] = field(default_factory=list)
     cached_tokens: int | None = None
-    """Tokens that the cache must have behind the edits, without a prefix."""
-    adapter: str = ""
-    without_adapter: bool = False
-    answer_format: WireFormat | None = None
+    """Tokens that the cache must have behind the edits."""
+    answer_format: WireFormat = WireFormat.FLOAT32
     state_version: int = 0
-    """Of the client's adapters; 0 means those that the session itself has."""
+    """Of the client's adapters; 0 before any came."""
     push: StatePush | None = None
     past: tuple[torch.Tensor, ...] = ()
     """Keys and values [B, H, P, D/H] in turn, of every block, before the first token."""
@@ -115,9 +94,6 @@ class ForwardAnswer:
     hidden_BTD: Packed
     held_mode: HeldMode | None = None
     held_bytes: int = 0
-    penalty: float = 0.0
-    """AdaLoRA's orthogonality term, summed over ``penalty_terms`` matrices."""
-    penalty_terms: int = 0
 
 
 @dataclass(frozen=True)
@@ -127,9 +103,7 @@ class BackwardRequest:
     gradient_BTD: torch.Tensor
     request_id: str
     need_input_gradient: bool = True
-    reset_gradients: bool = False
-    penalty_gradient: float = 0.0
-    answer_format: WireFormat | None = None
+    answer_format: WireFormat = WireFormat.FLOAT32
     values: tuple[str, ...] = ()
     """First names of the client's values whose gradients are wanted."""
     past: tuple[int, ...] = ()
@@ -143,8 +117,6 @@ class BackwardAnswer:
     """The gradient [B, T, D] with respect to a forward's input, if it was asked for."""
 
     gradient_BTD: Packed | None
-    gradient_norm: float = 0.0
-    """2-norm of the adapter's gradient accumulated since the last step."""
     values: dict[str, Packed] = field(default_factory=dict)
     """Gradients of the client's values, where the output depends on them."""
     past: dict[int, Packed] = field(default_factory=dict)
@@ -152,31 +124,11 @@ class BackwardAnswer:
 
 
 @dataclass(frozen=True)
-class StepRequest:
-    """An optimizer step, by its number."""
+class FetchRequest:
+    """Base weights of the blocks to read, by full name; all vectors if nothing is named."""
 
-    step: int
-    gradient_scale: float
-    optimizer: OptimizerSpec
-    adapter: str = ""
-
-
-@dataclass(frozen=True)
-class RestoreRequest:
-    """What to replace; what is empty stays."""
-
-    adapter: str = ""
-    weights: dict[str, torch.Tensor] = field(default_factory=dict)
-    optimizer_state: dict[str, torch.Tensor] = field(default_factory=dict)
-    optimizer: OptimizerSpec | None = None
-    weight_digest: str = ""
-    """The trunk weights the adapter was trained on; empty is not checked."""
-    committed_step: int | None = None
-
-
-@dataclass(frozen=True)
-class StepAnswer:
-    """The last step that was applied."""
-
-    committed_step: int
-    gradient_norm: float
+    names: tuple[str, ...] = ()
+    norm_rows: tuple[str, ...] = ()
+    """Matrices of which only the 2-norms of the rows are wanted."""
+    norm_columns: tuple[str, ...] = ()
+    """Of the columns."""

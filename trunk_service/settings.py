@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 from typing import Any, Literal, Self
 
+from peft import PeftType
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 from pydantic_settings import (
     BaseSettings,
@@ -15,7 +16,6 @@ from pydantic_settings import (
     TomlConfigSettingsSource,
 )
 
-from shared.adapters.methods import accepted_methods
 from shared.errors import InvalidInputError
 from shared.models import SplitRange
 from shared.models.quantization import check_kind
@@ -84,7 +84,7 @@ class TrunkSettings(BaseSettings):
     reflection: bool = False
     """Serve gRPC reflection."""
     drain_timeout_s: float = Field(default=30.0, ge=0, le=_LONGEST_S)
-    """How long SIGTERM waits for open backwards and steps."""
+    """How long SIGTERM waits for open backwards."""
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     """Least severe log records written."""
     max_tokens_per_request: int = Field(
@@ -100,9 +100,11 @@ class TrunkSettings(BaseSettings):
     max_adapters_per_session: int = Field(default=_LIMITS.max_adapters_per_session, ge=1, le=_MOST)
     """Most adapters of one session."""
     peft_methods: tuple[str, ...] = _LIMITS.peft_methods
-    """PEFT methods that tenants may use, as PEFT writes them."""
+    """PEFT methods that tenants may use, as PEFT writes them; without it, all."""
     serve_weights: bool = _LIMITS.serve_weights
     """Let tenants read base matrices of the blocks, as PiSSA, OLoRA and merging need."""
+    check_finite: bool = _LIMITS.check_finite
+    """Refuse hidden states and gradients with NaN or Inf; loss scaling needs them to pass."""
     held_bytes: int = Field(default=_LIMITS.held_bytes, ge=1, le=_MOST_IN_ALL)
     """Autograd state and caches of all sessions."""
     session_held_bytes: int = Field(default=_LIMITS.session_held_bytes, ge=1, le=_MOST_IN_ALL)
@@ -125,8 +127,10 @@ class TrunkSettings(BaseSettings):
         default=_LIMITS.tenant_requests_in_flight, ge=1, le=_MOST
     )
     """Most requests of one tenant under way."""
-    tenant_steps_per_minute: float = Field(default=_LIMITS.tenant_steps_per_minute, gt=0, le=_MOST)
-    """Most optimizer steps of one tenant, in bursts of up to a minute's."""
+    tenant_pushes_per_minute: float = Field(
+        default=_LIMITS.tenant_pushes_per_minute, gt=0, le=_MOST
+    )
+    """Most changed adapters that one tenant sends, in bursts of up to a minute's."""
     max_requests_in_flight: int = Field(default=_LIMITS.max_requests_in_flight, ge=1, le=_MOST)
     """Most requests of one session under way; more wait on the wire."""
     held_lease_s: float = Field(default=_LIMITS.held_lease_s, gt=0, le=_LONGEST_S)
@@ -204,8 +208,9 @@ class TrunkSettings(BaseSettings):
     @field_validator("peft_methods")
     @classmethod
     def _known_methods(cls, value: tuple[str, ...]) -> tuple[str, ...]:
-        if unknown := sorted(set(value) - set(accepted_methods())):
-            raise ValueError(f"{unknown} are not among {accepted_methods()}")
+        known = sorted(PeftType)
+        if unknown := sorted(set(value) - set(known)):
+            raise ValueError(f"{unknown} are not among {known}")
         return value
 
     @classmethod

@@ -33,7 +33,7 @@ _LAST_WRITE_S = 5.0
 # the trunk busy.
 _MAX_PAUSE_S = 0.5
 
-_NEW_WORK = frozenset({"open", "forward", "restore", "add_adapter"})
+_NEW_WORK = frozenset({"open", "forward", "fetch"})
 
 
 class SessionStream:
@@ -180,8 +180,8 @@ class SessionStream:
             return known
         if self._registry.draining and kind in _NEW_WORK:
             raise DrainingError(f"the trunk is shutting down and takes no new {kind}")
-        if kind == "step":
-            session.owner.check_step_rate()
+        if kind == "forward" and message.forward.HasField("state"):
+            session.owner.check_push_rate()
         work = self._execution.run(session, message, incoming.tensors)
         return session.answers.start(message.id, kind, work)
 
@@ -215,7 +215,6 @@ class SessionStream:
         session.disconnect, session.opening = lambda: self._disconnect(self), False
         result = pb.OpenResult(
             session_id=session.session_id,
-            trainable_parameters=session.state.trainable_parameters,
             epoch=session.epoch,
             max_requests_in_flight=self._registry.limits.max_requests_in_flight,
         )
@@ -229,9 +228,7 @@ class SessionStream:
         except asyncio.CancelledError:
             opened.add_done_callback(self._registry.close_late)
             raise
-        count = session.state.trainable_parameters
-        extra = {"session": session.session_id, "tenant": tenant, "trainable_parameters": count}
-        logger.info("session opened", extra=extra)
+        logger.info("session opened", extra={"session": session.session_id, "tenant": tenant})
         return session
 
     def _leave(self) -> Future[None] | None:

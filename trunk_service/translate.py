@@ -8,38 +8,25 @@ import torch
 
 from shared import __version__
 from shared.adapters.state_push import StatePush
-from shared.errors import AdapterError, ProtocolError
+from shared.errors import ProtocolError
 from shared.pb.trunkline.v1 import trunk_pb2 as pb
 from shared.versions import library_versions
 from shared.wire.dtypes import to_format, to_torch, to_wire
 from shared.wire.formats import WireFormat
 from shared.wire.structures import read_structure, read_values
 from trunk_service.limits import Limits
-from trunk_service.optimizers import KINDS, OptimizerSpec
 from trunk_service.requests import (
-    AdapterRequest,
     BackwardRequest,
     CacheEdit,
+    FetchRequest,
     ForwardAnswer,
     ForwardRequest,
     HeldMode,
     OpenRequest,
-    RestoreRequest,
-    StepRequest,
 )
 from trunk_service.trunk import TrunkInfo
 
 Tensors = Mapping[str, torch.Tensor]
-
-# Numbers that an optimizer keeps for each parameter, at most (AdamW with amsgrad).
-_MOMENTS = 3
-
-_FLOATING: dict[int, WireFormat] = {
-    pb.DATA_TYPE_FLOAT32: WireFormat.FLOAT32,
-    pb.DATA_TYPE_BFLOAT16: WireFormat.BFLOAT16,
-    pb.DATA_TYPE_FLOAT16: WireFormat.FLOAT16,
-    pb.DATA_TYPE_FLOAT64: WireFormat.FLOAT64,
-}
 
 _ATTENTIONS = ("", "eager", "sdpa")
 
@@ -52,25 +39,12 @@ _HELD_MODES = {
 
 
 def open_request(body: pb.Open) -> OpenRequest:
-    """Reads the terms of a session.
-
-    Raises:
-        ProtocolError: If the wire dtype is not floating-point or the dropout probability is none.
-    """
-    wire_dtype = body.wire_dtype or pb.DATA_TYPE_FLOAT32
-    if wire_dtype not in _FLOATING:
-        raise ProtocolError(f"wire dtype {wire_dtype} is not a floating-point type")
-    if body.HasField("dropout") and not 0.0 <= body.dropout < 1.0:
-        raise ProtocolError(f"dropout {body.dropout} is not a probability from 0 to below 1")
+    """Reads the terms of a session."""
     return OpenRequest(
         weight_digest=body.weight_digest,
         start_layer=body.start_layer,
         end_layer=body.end_layer,
-        peft_config_json=body.peft_config_json,
-        seed=body.seed,
-        dropout=body.dropout if body.HasField("dropout") else None,
         library_versions=dict(body.library_versions),
-        wire_format=_FLOATING[wire_dtype],
     )
 
 
@@ -93,14 +67,10 @@ def forward_request(body: pb.Forward, tensors: Tensors) -> ForwardRequest:
         request_id=body.request_id,
         keep_graph=body.keep_graph,
         training=body.training,
-        step=body.step,
-        micro=body.micro,
         cache_id=body.cache_id,
         cache_edits=[_cache_edit(op) for op in body.cache_ops],
         cached_tokens=body.cached_tokens if body.HasField("cached_tokens") else None,
-        adapter=body.adapter,
-        without_adapter=body.without_adapter,
-        answer_format=to_format(body.answer_format),
+        answer_format=to_format(body.answer_format) or WireFormat.FLOAT32,
         state_version=body.state_version,
         push=push,
         past=tuple(tensors[f"past/{i}"] for i in range(len(past))),
@@ -123,9 +93,7 @@ def backward_request(body: pb.Backward, tensors: Tensors) -> BackwardRequest:
         gradient_BTD=tensors["gradient"],
         request_id=body.request_id,
         need_input_gradient=body.need_input_gradient,
-        reset_gradients=body.reset_gradients,
-        penalty_gradient=body.penalty_gradient,
-        answer_format=to_format(body.answer_format),
+        answer_format=to_format(body.answer_format) or WireFormat.FLOAT32,
         values=tuple(body.values),
         past=tuple(body.past),
         keep_graph=body.keep_graph,
@@ -168,47 +136,9 @@ def _push(body: pb.Forward, tensors: Tensors) -> StatePush:
     )
 
 
-def step_request(body: pb.Step) -> StepRequest:
-    """Reads an optimizer step."""
-    return StepRequest(body.step, body.gradient_scale, _optimizer(body.optimizer), body.adapter)
-
-
-def adapter_request(body: pb.AddAdapter) -> AdapterRequest:
-    """Reads an adapter to add.
-
-    Raises:
-        AdapterError: If it has no name or no configuration.
-    """
-    if not body.adapter or not body.peft_config_json:
-        raise AdapterError("an adapter to add needs a name and a PEFT configuration")
-    return AdapterRequest(body.adapter, body.peft_config_json, body.seed)
-
-
-def restore_request(body: pb.Restore, tensors: Tensors) -> RestoreRequest:
-    """Reads what to replace.
-
-    Raises:
-        ProtocolError: If a name begins neither with ``adapter/`` nor with ``optimizer/``.
-    """
-    weights, state = named(tensors, "adapter/"), named(tensors, "optimizer/")
-    if len(weights) + len(state) != len(tensors):
-        foreign = [n for n in tensors if not n.startswith(("adapter/", "optimizer/"))]
-        raise ProtocolError(
-            f"tensors {foreign[:3]} are neither adapter/NAME nor optimizer/NAME/KEY"
-        )
-    return RestoreRequest(
-        adapter=body.adapter,
-        weights=weights,
-        optimizer_state=state,
-        optimizer=_optimizer(body.optimizer) if body.HasField("optimizer") else None,
-        weight_digest=body.weight_digest,
-        committed_step=body.committed_step if body.HasField("committed_step") else None,
-    )
-
-
-def named(tensors: Tensors, prefix: str) -> dict[str, torch.Tensor]:
-    """Those of some tensors whose names begin with a prefix, without it."""
-    return {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
+def fetch_request(body: pb.Fetch) -> FetchRequest:
+    """Reads which base weights are wanted."""
+    return FetchRequest(tuple(body.names), tuple(body.norm_rows), tuple(body.norm_columns))
 
 
 def forward_result(answer: ForwardAnswer) -> pb.ForwardResult:
@@ -216,8 +146,6 @@ def forward_result(answer: ForwardAnswer) -> pb.ForwardResult:
     return pb.ForwardResult(
         held_mode=_HELD_MODES[answer.held_mode],
         held_bytes=answer.held_bytes,
-        penalty=answer.penalty,
-        penalty_terms=answer.penalty_terms,
     )
 
 
@@ -233,7 +161,6 @@ def info_response(info: TrunkInfo, limits: Limits) -> pb.GetInfoResponse:
         compute_dtype=to_wire(info.dtype),
         weight_digest=info.weight_digest,
         peft_methods=limits.peft_methods,
-        optimizers=list(KINDS),
         max_tokens_per_request=limits.max_tokens_per_request,
         max_adapter_rank=limits.max_adapter_rank,
         max_adapter_parameters=limits.max_adapter_parameters,
@@ -247,20 +174,13 @@ def info_response(info: TrunkInfo, limits: Limits) -> pb.GetInfoResponse:
 def max_tensor_bytes(request: pb.SessionRequest, info: TrunkInfo, limits: Limits) -> int:
     """Most tensor bytes a message may announce, by what it asks for."""
     kind = request.WhichOneof("body")
-    if kind in ("forward", "backward"):
-        # Hidden states or a gradient in the widest wire dtype, and a full mask with positions.
-        tokens = limits.max_tokens_per_request
-        count = tokens * (info.hidden_size * 8 + info.max_positions * 4 + 16)
-        pushes = kind == "forward" and request.forward.HasField("state")
-        return count + limits.max_adapter_parameters * 4 * pushes
-    if kind == "restore":
-        return limits.max_adapter_parameters * 4 * (1 + _MOMENTS)
-    # One number a singular value; AdaLoRA has far fewer of them than parameters.
-    return limits.max_adapter_parameters if kind == "allocate" else 0
-
-
-def _optimizer(body: pb.Optimizer) -> OptimizerSpec:
-    return OptimizerSpec(body.name, dict(body.hyperparameters), dict(body.flags))
+    if kind not in ("forward", "backward"):
+        return 0
+    # Hidden states or a gradient in the widest wire dtype, and a full mask with positions.
+    tokens = limits.max_tokens_per_request
+    count = tokens * (info.hidden_size * 8 + info.max_positions * 4 + 16)
+    pushes = kind == "forward" and request.forward.HasField("state")
+    return count + limits.max_adapter_parameters * 4 * pushes
 
 
 def _check_names(tensors: Tensors, needed: set[str], optional: set[str]) -> None:

@@ -2,33 +2,25 @@
 
 from __future__ import annotations
 
-import copy
 import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftConfig
 from torch import nn
 
-from shared.adapters.config import config_from_json
-from shared.adapters.methods import method_of
-from shared.adapters.numbers import largest_rank
-from shared.adapters.wrap import check_modules_to_save, wrap
-from shared.errors import AdapterError, ModelMismatchError, SharedWeightsError
+from shared.errors import ModelMismatchError, SharedWeightsError
 from shared.models import SplitRange, get_part_class, load_part, open_checkpoint
 from shared.models.digest import weight_digest
-from shared.models.dropout import set_dropout
 from shared.models.families import family_of
 from shared.models.onednn import use_onednn
-from shared.models.quantization import check_kind, dequantized, quantize, shared_tensors
+from shared.models.quantization import check_kind, dequantized, quantize
 from shared.models.single_row import spread_single_rows
 from shared.versions import check_versions, library_versions
 from trunk_service.adapter_build import TreeLimits
-from trunk_service.limits import Limits
 from trunk_service.offload import OffloadArea
-from trunk_service.requests import AdapterRequest, OpenRequest
+from trunk_service.requests import OpenRequest
 from trunk_service.tenant_tree import TenantTree
 
 _MOST_POSITIONS = 2**31
@@ -154,29 +146,6 @@ class Trunk:
                 f"serves {self.info.weight_digest[:16]}…: another checkpoint"
             )
 
-    def new_model(self, request: AdapterRequest, limits: Limits, dropout: float | None) -> Any:
-        """Makes a tenant's own model around the shared weights.
-
-        The module tree is the tenant's (its adapter, its training mode, its dropout), the base
-        parameters are everyone's.
-
-        Raises:
-            AdapterError: If the adapter is refused, or larger than the limits allow.
-        """
-        config = None
-        if request.peft_config_json:
-            config = config_from_json(request.peft_config_json)
-            self._check_adapter(config, limits)
-        shared = shared_tensors(self._part)
-        model = copy.deepcopy(self._part, {id(tensor): tensor for tensor in shared})
-        if dropout is not None:
-            set_dropout(model, dropout)
-        if config is None:
-            return model
-        wrapped = wrap(model, config, request.seed, "trunk")
-        self._check_size(sum(p.numel() for p in wrapped.parameters() if p.requires_grad), limits)
-        return wrapped
-
     def new_tree(self, limits: TreeLimits) -> TenantTree:
         """Makes a tree for the adapters of one client around the shared weights."""
         return TenantTree(self._part, limits)
@@ -199,38 +168,18 @@ class Trunk:
             raise SharedWeightsError(f"{name[:120]!r} is no base matrix of the trunk's blocks")
         return dequantized(layer, weight).to(self.info.dtype)
 
+    def norms(self, name: str, of_columns: bool) -> torch.Tensor:
+        """The 2-norm of each row, or column, of a base matrix, in float32: DoRA's fresh magnitudes.
+
+        Raises:
+            SharedWeightsError: If there is no such matrix.
+        """
+        matrix = self.matrix(name).float()
+        if matrix.ndim != 2:
+            raise SharedWeightsError(f"{name[:120]!r} is no base matrix of the trunk's blocks")
+        norms: torch.Tensor = torch.linalg.norm(matrix.T if of_columns else matrix, dim=1)
+        return norms
+
     def linear_modules(self) -> list[str]:
         """Full names of the blocks' modules that are torch's ``Linear``."""
         return [n for n, m in self._part.named_modules() if isinstance(m, nn.Linear)]
-
-    def _check_adapter(self, config: PeftConfig, limits: Limits) -> None:
-        """Refuses an adapter before PEFT allocates it."""
-        method = method_of(config.peft_type)
-        if not method.on_trunk:
-            raise AdapterError(f"{method.name} on a trunk: {method.why_not}")
-        if method.name not in limits.peft_methods:
-            raise AdapterError(
-                f"this trunk does not accept {method.name}; accepted: "
-                f"{', '.join(limits.peft_methods)}"
-            )
-        if (rank := largest_rank(config)) > limits.max_adapter_rank:
-            raise AdapterError(
-                f"adapter rank {rank}; this trunk accepts up to {limits.max_adapter_rank}"
-            )
-        check_modules_to_save(config, self._part)
-        virtual = int(getattr(config, "num_virtual_tokens", None) or 0)
-        if virtual >= self.info.max_positions:
-            raise AdapterError(
-                f"{virtual} virtual tokens; the model has {self.info.max_positions} positions"
-            )
-        layers = self.info.split.end - self.info.split.start
-        width = 2 * layers * self.info.hidden_size
-        inner = int(getattr(config, "encoder_hidden_size", None) or 0)
-        self._check_size(virtual * width // 8 + inner * (self.info.hidden_size + width), limits)
-
-    def _check_size(self, count: int, limits: Limits) -> None:
-        if count > limits.max_adapter_parameters:
-            raise AdapterError(
-                f"adapter of {count} parameters; this trunk accepts up to "
-                f"{limits.max_adapter_parameters}"
-            )

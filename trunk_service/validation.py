@@ -14,7 +14,7 @@ def check_forward(
     info: TrunkInfo,
     max_tokens: int,
     cached_tokens: int,
-    virtual_tokens: int = 0,
+    finite: bool,
 ) -> None:
     """Refuses hidden states, masks and positions that the trunk cannot compute on.
 
@@ -23,14 +23,14 @@ def check_forward(
         info: The trunk's model.
         max_tokens: Most batch rows times tokens.
         cached_tokens: Tokens already in the cache that is extended.
-        virtual_tokens: Those of a prefix, which take positions too.
+        finite: Whether NaN and Inf are refused.
 
     Raises:
         TensorError: Names the tensor, what was given and what is accepted.
     """
-    check_values("hidden_states", request.hidden_BTD, info.hidden_size)
+    check_values("hidden_states", request.hidden_BTD, info.hidden_size, finite)
     batch, tokens, _ = request.hidden_BTD.shape
-    _check_past(request.past, batch, info)
+    _check_past(request.past, batch, info, finite)
     cached_tokens += request.past_tokens
     total = cached_tokens + tokens
     if batch * tokens > max_tokens:
@@ -39,18 +39,22 @@ def check_forward(
         )
     # A packed row is longer than any of its texts; then the positions say what counts.
     limit = info.position_limit
-    if request.position_ids is None and total + virtual_tokens > limit:
-        raise TensorError(
-            f"{total + virtual_tokens} tokens are too long: the model has {limit} positions"
-        )
+    if request.position_ids is None and total > limit:
+        raise TensorError(f"{total} tokens are too long: the model has {limit} positions")
     if request.attention_mask is not None:
         _check_mask(request.attention_mask, batch, tokens, total)
     if request.position_ids is not None:
         _check_positions(request.position_ids, batch, tokens, limit)
 
 
-def check_values(name: str, tensor: torch.Tensor, hidden_size: int) -> None:
-    """Refuses what is not a finite [B, T, D] tensor of floating-point numbers.
+def check_values(name: str, tensor: torch.Tensor, hidden_size: int, finite: bool) -> None:
+    """Refuses what is not a [B, T, D] tensor of floating-point numbers.
+
+    Args:
+        name: Of the tensor.
+        tensor: What the tenant sent.
+        hidden_size: D.
+        finite: Whether NaN and Inf are refused.
 
     Raises:
         TensorError: Names what was given and what is accepted.
@@ -62,11 +66,11 @@ def check_values(name: str, tensor: torch.Tensor, hidden_size: int) -> None:
         raise TensorError(f"{name} has hidden size {shape[2]}; the model's is {hidden_size}")
     if not tensor.is_floating_point():
         raise TensorError(f"{name} is {tensor.dtype}; accepted: a floating-point type, int8 blocks")
-    if not bool(torch.isfinite(tensor).all()):
-        raise TensorError(f"{name} holds NaN or Inf")
+    if finite and not bool(torch.isfinite(tensor).all()):
+        raise TensorError(f"{name} holds NaN or Inf, which this trunk's host refuses")
 
 
-def _check_past(past: tuple[torch.Tensor, ...], batch: int, info: TrunkInfo) -> None:
+def _check_past(past: tuple[torch.Tensor, ...], batch: int, info: TrunkInfo, finite: bool) -> None:
     blocks = info.split.end - info.split.start
     if not past:
         return
@@ -78,8 +82,10 @@ def _check_past(past: tuple[torch.Tensor, ...], batch: int, info: TrunkInfo) -> 
             f"{len(past)} past tensors of shapes {sorted(shapes)[:2]}; accepted: keys and values "
             f"[{batch}, heads, tokens, size of a head] of each of {blocks} blocks"
         )
-    if not all(t.is_floating_point() and bool(torch.isfinite(t).all()) for t in past):
-        raise TensorError("past tensors are not all finite floating-point numbers")
+    if not all(t.is_floating_point() for t in past):
+        raise TensorError("past tensors are not all floating-point numbers")
+    if finite and not all(bool(torch.isfinite(t).all()) for t in past):
+        raise TensorError("past tensors hold NaN or Inf, which this trunk's host refuses")
 
 
 def _check_mask(mask: torch.Tensor, batch: int, tokens: int, total: int) -> None:

@@ -2,8 +2,8 @@
 
 Libraries that ask a base weight for its shape or move it find what they expect. What computes with
 the numbers (a copy for ``modules_to_save``) has them fetched, if the host allows it; the norm of
-each row alone (DoRA's fresh magnitudes) is asked for as such. What would write into them is refused,
-because the trunk's weights are shared by its tenants.
+each row alone (DoRA's fresh magnitudes) is asked for as such. What would write into them is
+refused, because the trunk's weights are shared by its tenants.
 """
 
 from __future__ import annotations
@@ -21,14 +21,11 @@ from shared.errors import SharedWeightsError
 
 aten = torch.ops.aten
 
-_TRANSPOSING = (aten.t.default, aten.numpy_T.default)
-
 Fetch = Callable[[], torch.Tensor]
 """Gives a matrix's numbers, or raises why it does not. Pickled with the model, if that is."""
 
 Norms = tuple[Fetch | None, Fetch | None]
-"""What gives the 2-norm of each row, and of each column; None where that takes the numbers."""
-
+"""What gives the 2-norm of each row, and of each column, in float32; None if nothing does."""
 
 
 class RemoteTensor(torch.Tensor):
@@ -94,11 +91,11 @@ class RemoteTensor(torch.Tensor):
         if any(result.alias_info is not None for result in func._schema.returns):
             return _views(func, args, kwargs)  # or a write into a view would go nowhere
         if func is aten.add.Tensor and _adds_nothing(*args, **kwargs):
-            of = args[0]
+            of, dtype = args[0], torch.promote_types(args[0].dtype, args[1].dtype)
             result = _Result(func, args, kwargs)
-            return RemoteTensor(of.shape, of.dtype, of.device, result, of.norms)
+            return RemoteTensor(of.shape, dtype, of.device, result, of.norms)
         if func is aten.linalg_vector_norm.default and _is_of_rows(*args, **kwargs):
-            return args[0].norms[0]().to(args[0].device, args[0].dtype)
+            return args[0].norms[0]().to(args[0].device)
         return _computed(func, args, kwargs)
 
     @property
@@ -123,9 +120,8 @@ class RemoteTensor(torch.Tensor):
         self, dtype: torch.dtype | None = None, device: torch.device | None = None
     ) -> RemoteTensor:
         """Describes the same matrix, in another dtype or elsewhere."""
-        norms = self.norms if dtype in (None, self.dtype) else (None, None)
         return RemoteTensor(
-            self.shape, dtype or self.dtype, device or self.device, self.fetch, norms
+            self.shape, dtype or self.dtype, device or self.device, self.fetch, self.norms
         )
 
     def __deepcopy__(self, memo: dict[int, Any]) -> torch.Tensor:
@@ -167,7 +163,10 @@ def _views(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     of = next(a for a in args if isinstance(a, RemoteTensor))
     described = tree_map_only(RemoteTensor, _on_meta, (args, kwargs))
     found = func(*described[0], **described[1])
-    norms = of.norms[::-1] if func in _TRANSPOSING else (None, None)
+    transposes = func is aten.t.default or (
+        func is aten.permute.default and [dim % of.ndim for dim in args[1]] == [1, 0]
+    )
+    norms = of.norms[::-1] if transposes else (None, None)
 
     def view(like: torch.Tensor, index: int | None = None) -> RemoteTensor:
         result = _Result(func, args, kwargs, index)
@@ -182,14 +181,15 @@ def _adds_nothing(tensor: Any, other: Any, alpha: float = 1) -> bool:
     same = isinstance(tensor, RemoteTensor) and isinstance(other, torch.Tensor)
     if not same or isinstance(other, RemoteTensor) or other.shape != tensor.shape:
         return False
-    return other.dtype == tensor.dtype and not bool(other.any())
+    return not bool(other.any())
 
 
 def _is_of_rows(
     tensor: Any, order: Any = 2, dim: Any = None, keepdim: bool = False, dtype: Any = None
 ) -> bool:
     plain = order == 2 and list(dim or ()) == [1] and not keepdim and dtype is None
-    return plain and isinstance(tensor, RemoteTensor) and tensor.norms[0] is not None
+    described = isinstance(tensor, RemoteTensor) and tensor.norms[0] is not None
+    return plain and described and tensor.dtype == torch.float32
 
 
 def _on_meta(tensor: RemoteTensor) -> torch.Tensor:

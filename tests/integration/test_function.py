@@ -30,7 +30,7 @@ from client_service.calls import SessionTerms
 from client_service.dropout_key import SECRET_VARIABLE
 from client_service.session import TrunkSession
 from client_service.skeleton_model import with_skeleton
-from shared.errors import AdapterError, InvalidInputError, ProtocolError, SharedWeightsError
+from shared.errors import AdapterError, ProtocolError, SharedWeightsError
 from shared.models import SplitRange, open_checkpoint
 from shared.models.families import FAMILIES, family_of
 from tests.conftest import Daemon, start_daemon
@@ -475,12 +475,26 @@ def test_the_client_s_generator_moves_as_with_the_whole_model(pair: tuple[Any, A
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_fresh_magnitudes_of_dora_are_the_trunk_s_own(
+    family: str, trunkd: Start, split_of: Open, tmp_path: Path
+) -> None:
+    """Without the matrices that they are the norms of."""
+    folder = save_tiny_model(family, tmp_path / "model", num_hidden_layers=4)
+    address = trunkd("--model", str(folder), "--split", "1:3").address
+    models = (split_of(folder, address), load(folder))
+    ours, theirs = (adapted(model, lora(folder, use_dora=True)) for model in models)
+    assert_same(ours, theirs)
+    assert trained(ours) == trained(theirs)
+    assert_same(ours, theirs)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
 def test_matrices_are_given_where_the_host_serves_them(
     family: str, trunkd: Start, split_of: Open, tmp_path: Path
 ) -> None:
     folder = save_tiny_model(family, tmp_path / "model", num_hidden_layers=4)
     flags = ("--model", str(folder), "--split", "1:3")
-    config = lora(folder, use_dora=True)
+    config = lora(folder, modules_to_save=["c_fc", "up_proj"])
     with pytest.raises(SharedWeightsError, match="--serve-weights"):
         adapted(split_of(folder, trunkd(*flags).address), config)
     served = split_of(folder, trunkd(*flags, "--serve-weights").address)

@@ -3,8 +3,8 @@
 isort:skip_file
 The wire between a client (bottom, top, labels) and a trunk (the middle blocks).
 
-One bidirectional stream is one session, until it breaks: another can resume it for a while. Every message carries an id that the answer repeats, so
-requests may overlap. Tensors are announced in `tensors` and follow as raw little-endian bytes in
+One bidirectional stream is one session, until it breaks: another can resume it for a while.
+Every message carries an id that the answer repeats, so requests may overlap. Tensors are announced in `tensors` and follow as raw little-endian bytes in
 `data`, back to back in the announced order; what does not fit into one message continues in
 messages of the same id that have `data` and nothing else. See docs/protocol.md.
 """
@@ -69,33 +69,29 @@ class _ErrorCodeEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorCode.V
     """A tensor's shape, dtype, size or values are not acceptable."""
     ERROR_CODE_ADAPTER: _ErrorCode.ValueType  # 3
     """The adapter configuration, method or weights are not acceptable."""
-    ERROR_CODE_OPTIMIZER: _ErrorCode.ValueType  # 4
-    """The optimizer or one of its hyperparameters is not acceptable."""
-    ERROR_CODE_MODEL_MISMATCH: _ErrorCode.ValueType  # 5
+    ERROR_CODE_MODEL_MISMATCH: _ErrorCode.ValueType  # 4
     """The trunk serves another model, split or weights than the client expects."""
-    ERROR_CODE_UNKNOWN_REQUEST: _ErrorCode.ValueType  # 6
+    ERROR_CODE_UNKNOWN_REQUEST: _ErrorCode.ValueType  # 5
     """No state is held under this request id (never sent, already used, released or expired)."""
-    ERROR_CODE_REUSED_REQUEST: _ErrorCode.ValueType  # 7
+    ERROR_CODE_REUSED_REQUEST: _ErrorCode.ValueType  # 6
     """The request id was used before in this session."""
-    ERROR_CODE_STEP_CONFLICT: _ErrorCode.ValueType  # 8
-    """The step number is neither the committed one nor its successor."""
-    ERROR_CODE_RESOURCE_EXHAUSTED: _ErrorCode.ValueType  # 9
+    ERROR_CODE_RESOURCE_EXHAUSTED: _ErrorCode.ValueType  # 7
     """A byte budget or a queue is full; retry after retry_after_s."""
-    ERROR_CODE_DRAINING: _ErrorCode.ValueType  # 10
+    ERROR_CODE_DRAINING: _ErrorCode.ValueType  # 8
     """The trunk is shutting down and takes no new work."""
-    ERROR_CODE_SESSION_EXPIRED: _ErrorCode.ValueType  # 11
+    ERROR_CODE_SESSION_EXPIRED: _ErrorCode.ValueType  # 9
     """The session sat idle longer than its lease."""
-    ERROR_CODE_INTERNAL: _ErrorCode.ValueType  # 12
+    ERROR_CODE_INTERNAL: _ErrorCode.ValueType  # 10
     """An unexpected failure; details are in the trunk's log under the session and request id."""
-    ERROR_CODE_UNAUTHENTICATED: _ErrorCode.ValueType  # 13
+    ERROR_CODE_UNAUTHENTICATED: _ErrorCode.ValueType  # 11
     """No certificate or token, or one that is not accepted any more."""
-    ERROR_CODE_UNKNOWN_SESSION: _ErrorCode.ValueType  # 14
+    ERROR_CODE_UNKNOWN_SESSION: _ErrorCode.ValueType  # 12
     """No session of this tenant has this id: never opened, freed, or another tenant's."""
-    ERROR_CODE_STALE_SESSION: _ErrorCode.ValueType  # 15
+    ERROR_CODE_STALE_SESSION: _ErrorCode.ValueType  # 13
     """Another connection has taken the session over (a higher epoch)."""
-    ERROR_CODE_STALE_STATE: _ErrorCode.ValueType  # 16
+    ERROR_CODE_STALE_STATE: _ErrorCode.ValueType  # 14
     """The trunk has another state of the client's adapters than the forward means."""
-    ERROR_CODE_SHARED_WEIGHTS: _ErrorCode.ValueType  # 17
+    ERROR_CODE_SHARED_WEIGHTS: _ErrorCode.ValueType  # 15
     """The trunk's base weights would be written, or read where the host does not give them."""
 
 class ErrorCode(_ErrorCode, metaclass=_ErrorCodeEnumTypeWrapper): ...
@@ -107,60 +103,31 @@ ERROR_CODE_TENSOR: ErrorCode.ValueType  # 2
 """A tensor's shape, dtype, size or values are not acceptable."""
 ERROR_CODE_ADAPTER: ErrorCode.ValueType  # 3
 """The adapter configuration, method or weights are not acceptable."""
-ERROR_CODE_OPTIMIZER: ErrorCode.ValueType  # 4
-"""The optimizer or one of its hyperparameters is not acceptable."""
-ERROR_CODE_MODEL_MISMATCH: ErrorCode.ValueType  # 5
+ERROR_CODE_MODEL_MISMATCH: ErrorCode.ValueType  # 4
 """The trunk serves another model, split or weights than the client expects."""
-ERROR_CODE_UNKNOWN_REQUEST: ErrorCode.ValueType  # 6
+ERROR_CODE_UNKNOWN_REQUEST: ErrorCode.ValueType  # 5
 """No state is held under this request id (never sent, already used, released or expired)."""
-ERROR_CODE_REUSED_REQUEST: ErrorCode.ValueType  # 7
+ERROR_CODE_REUSED_REQUEST: ErrorCode.ValueType  # 6
 """The request id was used before in this session."""
-ERROR_CODE_STEP_CONFLICT: ErrorCode.ValueType  # 8
-"""The step number is neither the committed one nor its successor."""
-ERROR_CODE_RESOURCE_EXHAUSTED: ErrorCode.ValueType  # 9
+ERROR_CODE_RESOURCE_EXHAUSTED: ErrorCode.ValueType  # 7
 """A byte budget or a queue is full; retry after retry_after_s."""
-ERROR_CODE_DRAINING: ErrorCode.ValueType  # 10
+ERROR_CODE_DRAINING: ErrorCode.ValueType  # 8
 """The trunk is shutting down and takes no new work."""
-ERROR_CODE_SESSION_EXPIRED: ErrorCode.ValueType  # 11
+ERROR_CODE_SESSION_EXPIRED: ErrorCode.ValueType  # 9
 """The session sat idle longer than its lease."""
-ERROR_CODE_INTERNAL: ErrorCode.ValueType  # 12
+ERROR_CODE_INTERNAL: ErrorCode.ValueType  # 10
 """An unexpected failure; details are in the trunk's log under the session and request id."""
-ERROR_CODE_UNAUTHENTICATED: ErrorCode.ValueType  # 13
+ERROR_CODE_UNAUTHENTICATED: ErrorCode.ValueType  # 11
 """No certificate or token, or one that is not accepted any more."""
-ERROR_CODE_UNKNOWN_SESSION: ErrorCode.ValueType  # 14
+ERROR_CODE_UNKNOWN_SESSION: ErrorCode.ValueType  # 12
 """No session of this tenant has this id: never opened, freed, or another tenant's."""
-ERROR_CODE_STALE_SESSION: ErrorCode.ValueType  # 15
+ERROR_CODE_STALE_SESSION: ErrorCode.ValueType  # 13
 """Another connection has taken the session over (a higher epoch)."""
-ERROR_CODE_STALE_STATE: ErrorCode.ValueType  # 16
+ERROR_CODE_STALE_STATE: ErrorCode.ValueType  # 14
 """The trunk has another state of the client's adapters than the forward means."""
-ERROR_CODE_SHARED_WEIGHTS: ErrorCode.ValueType  # 17
+ERROR_CODE_SHARED_WEIGHTS: ErrorCode.ValueType  # 15
 """The trunk's base weights would be written, or read where the host does not give them."""
 Global___ErrorCode: _TypeAlias = ErrorCode  # noqa: Y015
-
-class _SnapshotPart:
-    ValueType = _typing.NewType("ValueType", _builtins.int)
-    V: _TypeAlias = ValueType  # noqa: Y015
-
-class _SnapshotPartEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_SnapshotPart.ValueType], _builtins.type):
-    DESCRIPTOR: _descriptor.EnumDescriptor
-    SNAPSHOT_PART_UNSPECIFIED: _SnapshotPart.ValueType  # 0
-    SNAPSHOT_PART_ADAPTER: _SnapshotPart.ValueType  # 1
-    """The adapter's weights."""
-    SNAPSHOT_PART_GRADIENTS: _SnapshotPart.ValueType  # 2
-    """The gradients accumulated since the last step."""
-    SNAPSHOT_PART_OPTIMIZER: _SnapshotPart.ValueType  # 3
-    """The state of the adapter's optimizer."""
-
-class SnapshotPart(_SnapshotPart, metaclass=_SnapshotPartEnumTypeWrapper): ...
-
-SNAPSHOT_PART_UNSPECIFIED: SnapshotPart.ValueType  # 0
-SNAPSHOT_PART_ADAPTER: SnapshotPart.ValueType  # 1
-"""The adapter's weights."""
-SNAPSHOT_PART_GRADIENTS: SnapshotPart.ValueType  # 2
-"""The gradients accumulated since the last step."""
-SNAPSHOT_PART_OPTIMIZER: SnapshotPart.ValueType  # 3
-"""The state of the adapter's optimizer."""
-Global___SnapshotPart: _TypeAlias = SnapshotPart  # noqa: Y015
 
 class _HeldMode:
     ValueType = _typing.NewType("ValueType", _builtins.int)
@@ -217,7 +184,7 @@ class _WireFormat:
 class _WireFormatEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_WireFormat.ValueType], _builtins.type):
     DESCRIPTOR: _descriptor.EnumDescriptor
     WIRE_FORMAT_UNSPECIFIED: _WireFormat.ValueType  # 0
-    """The session's wire_dtype."""
+    """WIRE_FORMAT_FLOAT32."""
     WIRE_FORMAT_FLOAT32: _WireFormat.ValueType  # 1
     WIRE_FORMAT_BFLOAT16: _WireFormat.ValueType  # 2
     WIRE_FORMAT_FLOAT16: _WireFormat.ValueType  # 3
@@ -229,7 +196,7 @@ class WireFormat(_WireFormat, metaclass=_WireFormatEnumTypeWrapper):
     """How hidden states and gradients travel."""
 
 WIRE_FORMAT_UNSPECIFIED: WireFormat.ValueType  # 0
-"""The session's wire_dtype."""
+"""WIRE_FORMAT_FLOAT32."""
 WIRE_FORMAT_FLOAT32: WireFormat.ValueType  # 1
 WIRE_FORMAT_BFLOAT16: WireFormat.ValueType  # 2
 WIRE_FORMAT_FLOAT16: WireFormat.ValueType  # 3
@@ -286,7 +253,6 @@ class GetInfoResponse(_message.Message):
     COMPUTE_DTYPE_FIELD_NUMBER: _builtins.int
     WEIGHT_DIGEST_FIELD_NUMBER: _builtins.int
     PEFT_METHODS_FIELD_NUMBER: _builtins.int
-    OPTIMIZERS_FIELD_NUMBER: _builtins.int
     MAX_TOKENS_PER_REQUEST_FIELD_NUMBER: _builtins.int
     MAX_ADAPTER_RANK_FIELD_NUMBER: _builtins.int
     MAX_ADAPTER_PARAMETERS_FIELD_NUMBER: _builtins.int
@@ -314,8 +280,6 @@ class GetInfoResponse(_message.Message):
     @_builtins.property
     def peft_methods(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
     @_builtins.property
-    def optimizers(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
-    @_builtins.property
     def library_versions(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
         """Of peft, transformers and torch, by package."""
 
@@ -331,7 +295,6 @@ class GetInfoResponse(_message.Message):
         compute_dtype: Global___DataType.ValueType = ...,
         weight_digest: _builtins.str = ...,
         peft_methods: _abc.Iterable[_builtins.str] | None = ...,
-        optimizers: _abc.Iterable[_builtins.str] | None = ...,
         max_tokens_per_request: _builtins.int = ...,
         max_adapter_rank: _builtins.int = ...,
         max_adapter_parameters: _builtins.int = ...,
@@ -342,7 +305,7 @@ class GetInfoResponse(_message.Message):
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["compute_dtype", b"compute_dtype", "config_json", b"config_json", "end_layer", b"end_layer", "hidden_size", b"hidden_size", "library_versions", b"library_versions", "max_adapter_parameters", b"max_adapter_parameters", "max_adapter_rank", b"max_adapter_rank", "max_positions", b"max_positions", "max_tokens_per_request", b"max_tokens_per_request", "model_type", b"model_type", "num_layers", b"num_layers", "optimizers", b"optimizers", "peft_methods", b"peft_methods", "quantization", b"quantization", "start_layer", b"start_layer", "version", b"version", "weight_digest", b"weight_digest"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["compute_dtype", b"compute_dtype", "config_json", b"config_json", "end_layer", b"end_layer", "hidden_size", b"hidden_size", "library_versions", b"library_versions", "max_adapter_parameters", b"max_adapter_parameters", "max_adapter_rank", b"max_adapter_rank", "max_positions", b"max_positions", "max_tokens_per_request", b"max_tokens_per_request", "model_type", b"model_type", "num_layers", b"num_layers", "peft_methods", b"peft_methods", "quantization", b"quantization", "start_layer", b"start_layer", "version", b"version", "weight_digest", b"weight_digest"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -387,17 +350,9 @@ class SessionRequest(_message.Message):
     OPEN_FIELD_NUMBER: _builtins.int
     FORWARD_FIELD_NUMBER: _builtins.int
     BACKWARD_FIELD_NUMBER: _builtins.int
-    STEP_FIELD_NUMBER: _builtins.int
     RELEASE_FIELD_NUMBER: _builtins.int
-    SNAPSHOT_FIELD_NUMBER: _builtins.int
-    RESTORE_FIELD_NUMBER: _builtins.int
-    ADD_ADAPTER_FIELD_NUMBER: _builtins.int
-    REMOVE_ADAPTER_FIELD_NUMBER: _builtins.int
-    LIST_ADAPTERS_FIELD_NUMBER: _builtins.int
-    IMPORTANCE_FIELD_NUMBER: _builtins.int
-    ALLOCATE_FIELD_NUMBER: _builtins.int
-    CLOSE_FIELD_NUMBER: _builtins.int
     FETCH_FIELD_NUMBER: _builtins.int
+    CLOSE_FIELD_NUMBER: _builtins.int
     DATA_FIELD_NUMBER: _builtins.int
     ACKNOWLEDGED_FIELD_NUMBER: _builtins.int
     id: _builtins.int
@@ -416,27 +371,11 @@ class SessionRequest(_message.Message):
     @_builtins.property
     def backward(self) -> Global___Backward: ...
     @_builtins.property
-    def step(self) -> Global___Step: ...
-    @_builtins.property
     def release(self) -> Global___Release: ...
     @_builtins.property
-    def snapshot(self) -> Global___Snapshot: ...
-    @_builtins.property
-    def restore(self) -> Global___Restore: ...
-    @_builtins.property
-    def add_adapter(self) -> Global___AddAdapter: ...
-    @_builtins.property
-    def remove_adapter(self) -> Global___RemoveAdapter: ...
-    @_builtins.property
-    def list_adapters(self) -> Global___ListAdapters: ...
-    @_builtins.property
-    def importance(self) -> Global___Importance: ...
-    @_builtins.property
-    def allocate(self) -> Global___Allocate: ...
+    def fetch(self) -> Global___Fetch: ...
     @_builtins.property
     def close(self) -> Global___Close: ...
-    @_builtins.property
-    def fetch(self) -> Global___Fetch: ...
     def __init__(
         self,
         *,
@@ -445,25 +384,17 @@ class SessionRequest(_message.Message):
         open: Global___Open | None = ...,
         forward: Global___Forward | None = ...,
         backward: Global___Backward | None = ...,
-        step: Global___Step | None = ...,
         release: Global___Release | None = ...,
-        snapshot: Global___Snapshot | None = ...,
-        restore: Global___Restore | None = ...,
-        add_adapter: Global___AddAdapter | None = ...,
-        remove_adapter: Global___RemoveAdapter | None = ...,
-        list_adapters: Global___ListAdapters | None = ...,
-        importance: Global___Importance | None = ...,
-        allocate: Global___Allocate | None = ...,
-        close: Global___Close | None = ...,
         fetch: Global___Fetch | None = ...,
+        close: Global___Close | None = ...,
         data: _builtins.bytes = ...,
         acknowledged: _builtins.int = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["add_adapter", b"add_adapter", "allocate", b"allocate", "backward", b"backward", "body", b"body", "close", b"close", "fetch", b"fetch", "forward", b"forward", "importance", b"importance", "list_adapters", b"list_adapters", "open", b"open", "release", b"release", "remove_adapter", b"remove_adapter", "restore", b"restore", "snapshot", b"snapshot", "step", b"step"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["backward", b"backward", "body", b"body", "close", b"close", "fetch", b"fetch", "forward", b"forward", "open", b"open", "release", b"release"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["acknowledged", b"acknowledged", "add_adapter", b"add_adapter", "allocate", b"allocate", "backward", b"backward", "body", b"body", "close", b"close", "data", b"data", "fetch", b"fetch", "forward", b"forward", "id", b"id", "importance", b"importance", "list_adapters", b"list_adapters", "open", b"open", "release", b"release", "remove_adapter", b"remove_adapter", "restore", b"restore", "snapshot", b"snapshot", "step", b"step", "tensors", b"tensors"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["acknowledged", b"acknowledged", "backward", b"backward", "body", b"body", "close", b"close", "data", b"data", "fetch", b"fetch", "forward", b"forward", "id", b"id", "open", b"open", "release", b"release", "tensors", b"tensors"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_body: _TypeAlias = _typing.Literal["open", "forward", "backward", "step", "release", "snapshot", "restore", "add_adapter", "remove_adapter", "list_adapters", "importance", "allocate", "close", "fetch"]  # noqa: Y015
+    _WhichOneofReturnType_body: _TypeAlias = _typing.Literal["open", "forward", "backward", "release", "fetch", "close"]  # noqa: Y015
     _WhichOneofArgType_body: _TypeAlias = _typing.Literal["body", b"body"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_body) -> _WhichOneofReturnType_body | None: ...
 
@@ -478,18 +409,10 @@ class SessionResponse(_message.Message):
     OPEN_FIELD_NUMBER: _builtins.int
     FORWARD_FIELD_NUMBER: _builtins.int
     BACKWARD_FIELD_NUMBER: _builtins.int
-    STEP_FIELD_NUMBER: _builtins.int
     RELEASE_FIELD_NUMBER: _builtins.int
-    SNAPSHOT_FIELD_NUMBER: _builtins.int
-    RESTORE_FIELD_NUMBER: _builtins.int
-    ERROR_FIELD_NUMBER: _builtins.int
-    ADD_ADAPTER_FIELD_NUMBER: _builtins.int
-    REMOVE_ADAPTER_FIELD_NUMBER: _builtins.int
-    LIST_ADAPTERS_FIELD_NUMBER: _builtins.int
-    IMPORTANCE_FIELD_NUMBER: _builtins.int
-    ALLOCATE_FIELD_NUMBER: _builtins.int
-    CLOSE_FIELD_NUMBER: _builtins.int
     FETCH_FIELD_NUMBER: _builtins.int
+    CLOSE_FIELD_NUMBER: _builtins.int
+    ERROR_FIELD_NUMBER: _builtins.int
     DATA_FIELD_NUMBER: _builtins.int
     id: _builtins.int
     data: _builtins.bytes
@@ -502,29 +425,13 @@ class SessionResponse(_message.Message):
     @_builtins.property
     def backward(self) -> Global___BackwardResult: ...
     @_builtins.property
-    def step(self) -> Global___StepResult: ...
-    @_builtins.property
     def release(self) -> Global___ReleaseResult: ...
     @_builtins.property
-    def snapshot(self) -> Global___SnapshotResult: ...
-    @_builtins.property
-    def restore(self) -> Global___RestoreResult: ...
-    @_builtins.property
-    def error(self) -> Global___Error: ...
-    @_builtins.property
-    def add_adapter(self) -> Global___AddAdapterResult: ...
-    @_builtins.property
-    def remove_adapter(self) -> Global___RemoveAdapterResult: ...
-    @_builtins.property
-    def list_adapters(self) -> Global___ListAdaptersResult: ...
-    @_builtins.property
-    def importance(self) -> Global___ImportanceResult: ...
-    @_builtins.property
-    def allocate(self) -> Global___AllocateResult: ...
+    def fetch(self) -> Global___FetchResult: ...
     @_builtins.property
     def close(self) -> Global___CloseResult: ...
     @_builtins.property
-    def fetch(self) -> Global___FetchResult: ...
+    def error(self) -> Global___Error: ...
     def __init__(
         self,
         *,
@@ -533,25 +440,17 @@ class SessionResponse(_message.Message):
         open: Global___OpenResult | None = ...,
         forward: Global___ForwardResult | None = ...,
         backward: Global___BackwardResult | None = ...,
-        step: Global___StepResult | None = ...,
         release: Global___ReleaseResult | None = ...,
-        snapshot: Global___SnapshotResult | None = ...,
-        restore: Global___RestoreResult | None = ...,
-        error: Global___Error | None = ...,
-        add_adapter: Global___AddAdapterResult | None = ...,
-        remove_adapter: Global___RemoveAdapterResult | None = ...,
-        list_adapters: Global___ListAdaptersResult | None = ...,
-        importance: Global___ImportanceResult | None = ...,
-        allocate: Global___AllocateResult | None = ...,
-        close: Global___CloseResult | None = ...,
         fetch: Global___FetchResult | None = ...,
+        close: Global___CloseResult | None = ...,
+        error: Global___Error | None = ...,
         data: _builtins.bytes = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["add_adapter", b"add_adapter", "allocate", b"allocate", "backward", b"backward", "body", b"body", "close", b"close", "error", b"error", "fetch", b"fetch", "forward", b"forward", "importance", b"importance", "list_adapters", b"list_adapters", "open", b"open", "release", b"release", "remove_adapter", b"remove_adapter", "restore", b"restore", "snapshot", b"snapshot", "step", b"step"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["backward", b"backward", "body", b"body", "close", b"close", "error", b"error", "fetch", b"fetch", "forward", b"forward", "open", b"open", "release", b"release"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["add_adapter", b"add_adapter", "allocate", b"allocate", "backward", b"backward", "body", b"body", "close", b"close", "data", b"data", "error", b"error", "fetch", b"fetch", "forward", b"forward", "id", b"id", "importance", b"importance", "list_adapters", b"list_adapters", "open", b"open", "release", b"release", "remove_adapter", b"remove_adapter", "restore", b"restore", "snapshot", b"snapshot", "step", b"step", "tensors", b"tensors"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["backward", b"backward", "body", b"body", "close", b"close", "data", b"data", "error", b"error", "fetch", b"fetch", "forward", b"forward", "id", b"id", "open", b"open", "release", b"release", "tensors", b"tensors"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_body: _TypeAlias = _typing.Literal["open", "forward", "backward", "step", "release", "snapshot", "restore", "error", "add_adapter", "remove_adapter", "list_adapters", "importance", "allocate", "close", "fetch"]  # noqa: Y015
+    _WhichOneofReturnType_body: _TypeAlias = _typing.Literal["open", "forward", "backward", "release", "fetch", "close", "error"]  # noqa: Y015
     _WhichOneofArgType_body: _TypeAlias = _typing.Literal["body", b"body"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_body) -> _WhichOneofReturnType_body | None: ...
 
@@ -609,24 +508,12 @@ class Open(_message.Message):
     WEIGHT_DIGEST_FIELD_NUMBER: _builtins.int
     START_LAYER_FIELD_NUMBER: _builtins.int
     END_LAYER_FIELD_NUMBER: _builtins.int
-    PEFT_CONFIG_JSON_FIELD_NUMBER: _builtins.int
-    SEED_FIELD_NUMBER: _builtins.int
-    DROPOUT_FIELD_NUMBER: _builtins.int
-    WIRE_DTYPE_FIELD_NUMBER: _builtins.int
     RESUME_SESSION_ID_FIELD_NUMBER: _builtins.int
     EPOCH_FIELD_NUMBER: _builtins.int
     LIBRARY_VERSIONS_FIELD_NUMBER: _builtins.int
     weight_digest: _builtins.str
     start_layer: _builtins.int
     end_layer: _builtins.int
-    peft_config_json: _builtins.str
-    """PEFT configuration, as JSON, of the session's adapter "default"; empty for a frozen trunk."""
-    seed: _builtins.int
-    """Seeds the fresh adapter and, with step and micro, every dropout mask."""
-    dropout: _builtins.float
-    """Replaces the probability of the model's own dropout layers."""
-    wire_dtype: Global___DataType.ValueType
-    """The dtype of hidden states and gradients in answers to requests that name no format."""
     resume_session_id: _builtins.str
     """Goes on with a session whose connection broke, instead of a new one: the other fields are not
     read. What was not answered is sent again under its old id; what was done is only answered.
@@ -645,21 +532,15 @@ class Open(_message.Message):
         weight_digest: _builtins.str = ...,
         start_layer: _builtins.int = ...,
         end_layer: _builtins.int = ...,
-        peft_config_json: _builtins.str = ...,
-        seed: _builtins.int = ...,
-        dropout: _builtins.float | None = ...,
-        wire_dtype: Global___DataType.ValueType = ...,
         resume_session_id: _builtins.str = ...,
         epoch: _builtins.int = ...,
         library_versions: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_dropout", b"_dropout", "dropout", b"dropout"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_dropout", b"_dropout", "dropout", b"dropout", "end_layer", b"end_layer", "epoch", b"epoch", "library_versions", b"library_versions", "peft_config_json", b"peft_config_json", "resume_session_id", b"resume_session_id", "seed", b"seed", "start_layer", b"start_layer", "weight_digest", b"weight_digest", "wire_dtype", b"wire_dtype"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["end_layer", b"end_layer", "epoch", b"epoch", "library_versions", b"library_versions", "resume_session_id", b"resume_session_id", "start_layer", b"start_layer", "weight_digest", b"weight_digest"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType__dropout: _TypeAlias = _typing.Literal["dropout"]  # noqa: Y015
-    _WhichOneofArgType__dropout: _TypeAlias = _typing.Literal["_dropout", b"_dropout"]  # noqa: Y015
-    def WhichOneof(self, oneof_group: _WhichOneofArgType__dropout) -> _WhichOneofReturnType__dropout | None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Open: _TypeAlias = Open  # noqa: Y015
 
@@ -668,11 +549,9 @@ class OpenResult(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     SESSION_ID_FIELD_NUMBER: _builtins.int
-    TRAINABLE_PARAMETERS_FIELD_NUMBER: _builtins.int
     EPOCH_FIELD_NUMBER: _builtins.int
     MAX_REQUESTS_IN_FLIGHT_FIELD_NUMBER: _builtins.int
     session_id: _builtins.str
-    trainable_parameters: _builtins.int
     epoch: _builtins.int
     max_requests_in_flight: _builtins.int
     """How many requests may be unanswered at once."""
@@ -680,13 +559,12 @@ class OpenResult(_message.Message):
         self,
         *,
         session_id: _builtins.str = ...,
-        trainable_parameters: _builtins.int = ...,
         epoch: _builtins.int = ...,
         max_requests_in_flight: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["epoch", b"epoch", "max_requests_in_flight", b"max_requests_in_flight", "session_id", b"session_id", "trainable_parameters", b"trainable_parameters"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["epoch", b"epoch", "max_requests_in_flight", b"max_requests_in_flight", "session_id", b"session_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -705,12 +583,8 @@ class Forward(_message.Message):
     REQUEST_ID_FIELD_NUMBER: _builtins.int
     KEEP_GRAPH_FIELD_NUMBER: _builtins.int
     TRAINING_FIELD_NUMBER: _builtins.int
-    STEP_FIELD_NUMBER: _builtins.int
-    MICRO_FIELD_NUMBER: _builtins.int
     CACHE_ID_FIELD_NUMBER: _builtins.int
     CACHE_OPS_FIELD_NUMBER: _builtins.int
-    ADAPTER_FIELD_NUMBER: _builtins.int
-    WITHOUT_ADAPTER_FIELD_NUMBER: _builtins.int
     ANSWER_FORMAT_FIELD_NUMBER: _builtins.int
     CACHED_TOKENS_FIELD_NUMBER: _builtins.int
     STATE_VERSION_FIELD_NUMBER: _builtins.int
@@ -724,15 +598,8 @@ class Forward(_message.Message):
     keep_graph: _builtins.bool
     training: _builtins.bool
     """Dropout on or off, as in torch's module.train()."""
-    step: _builtins.int
-    """The optimizer step this forward belongs to, and its number within that step."""
-    micro: _builtins.int
     cache_id: _builtins.str
     """A key/value cache to read and extend; created at first use. Excludes keep_graph."""
-    adapter: _builtins.str
-    """Which of the session's adapters to run with; empty is "default"."""
-    without_adapter: _builtins.bool
-    """Runs the blocks without any adapter."""
     answer_format: Global___WireFormat.ValueType
     """How the answer travels; what is sent says so itself."""
     cached_tokens: _builtins.int
@@ -742,7 +609,7 @@ class Forward(_message.Message):
     state_version: _builtins.int
     """The state of the client's adapters that the blocks are computed with. Another than the trunk's,
     once `state` is taken, is answered ERROR_CODE_STALE_STATE: the client then sends all of it.
-    0 means the adapters that the session was opened with and was given by AddAdapter.
+    0 is the blocks as a session begins: no adapter.
     """
     attention: _builtins.str
     """How attention is computed: "eager" or "sdpa", transformers' words; empty is the trunk's own way."""
@@ -768,12 +635,8 @@ class Forward(_message.Message):
         request_id: _builtins.str = ...,
         keep_graph: _builtins.bool = ...,
         training: _builtins.bool = ...,
-        step: _builtins.int = ...,
-        micro: _builtins.int = ...,
         cache_id: _builtins.str = ...,
         cache_ops: _abc.Iterable[Global___CacheOp] | None = ...,
-        adapter: _builtins.str = ...,
-        without_adapter: _builtins.bool = ...,
         answer_format: Global___WireFormat.ValueType = ...,
         cached_tokens: _builtins.int | None = ...,
         state_version: _builtins.int = ...,
@@ -785,7 +648,7 @@ class Forward(_message.Message):
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_cached_tokens", b"_cached_tokens", "cached_tokens", b"cached_tokens", "state", b"state"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_cached_tokens", b"_cached_tokens", "adapter", b"adapter", "adapter_names", b"adapter_names", "answer_format", b"answer_format", "attention", b"attention", "autocast", b"autocast", "cache_id", b"cache_id", "cache_ops", b"cache_ops", "cached_tokens", b"cached_tokens", "dropout_key", b"dropout_key", "keep_graph", b"keep_graph", "micro", b"micro", "request_id", b"request_id", "state", b"state", "state_version", b"state_version", "step", b"step", "training", b"training", "without_adapter", b"without_adapter"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_cached_tokens", b"_cached_tokens", "adapter_names", b"adapter_names", "answer_format", b"answer_format", "attention", b"attention", "autocast", b"autocast", "cache_id", b"cache_id", "cache_ops", b"cache_ops", "cached_tokens", b"cached_tokens", "dropout_key", b"dropout_key", "keep_graph", b"keep_graph", "request_id", b"request_id", "state", b"state", "state_version", b"state_version", "training", b"training"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__cached_tokens: _TypeAlias = _typing.Literal["cached_tokens"]  # noqa: Y015
     _WhichOneofArgType__cached_tokens: _TypeAlias = _typing.Literal["_cached_tokens", b"_cached_tokens"]  # noqa: Y015
@@ -1232,27 +1095,17 @@ class ForwardResult(_message.Message):
 
     HELD_MODE_FIELD_NUMBER: _builtins.int
     HELD_BYTES_FIELD_NUMBER: _builtins.int
-    PENALTY_FIELD_NUMBER: _builtins.int
-    PENALTY_TERMS_FIELD_NUMBER: _builtins.int
     held_mode: Global___HeldMode.ValueType
     held_bytes: _builtins.int
-    penalty: _builtins.float
-    """AdaLoRA, in training: how far the trunk's singular vectors are from orthogonal, summed over
-    penalty_terms matrices (see peft.AdaLoraModel.forward). The client adds its own and divides by
-    the number of both, so that the whole model's regularisation comes out.
-    """
-    penalty_terms: _builtins.int
     def __init__(
         self,
         *,
         held_mode: Global___HeldMode.ValueType = ...,
         held_bytes: _builtins.int = ...,
-        penalty: _builtins.float = ...,
-        penalty_terms: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["held_bytes", b"held_bytes", "held_mode", b"held_mode", "penalty", b"penalty", "penalty_terms", b"penalty_terms"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["held_bytes", b"held_bytes", "held_mode", b"held_mode"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1266,8 +1119,6 @@ class Backward(_message.Message):
 
     REQUEST_ID_FIELD_NUMBER: _builtins.int
     NEED_INPUT_GRADIENT_FIELD_NUMBER: _builtins.int
-    RESET_GRADIENTS_FIELD_NUMBER: _builtins.int
-    PENALTY_GRADIENT_FIELD_NUMBER: _builtins.int
     ANSWER_FORMAT_FIELD_NUMBER: _builtins.int
     VALUES_FIELD_NUMBER: _builtins.int
     PAST_FIELD_NUMBER: _builtins.int
@@ -1275,10 +1126,6 @@ class Backward(_message.Message):
     request_id: _builtins.str
     need_input_gradient: _builtins.bool
     """False when nothing below the trunk is trainable: no gradient is sent back."""
-    reset_gradients: _builtins.bool
-    """Drops the gradients accumulated so far: the client zeroed its own."""
-    penalty_gradient: _builtins.float
-    """Derivative of the loss with respect to the forward's penalty."""
     answer_format: Global___WireFormat.ValueType
     """How the answer travels; what is sent says so itself."""
     keep_graph: _builtins.bool
@@ -1296,8 +1143,6 @@ class Backward(_message.Message):
         *,
         request_id: _builtins.str = ...,
         need_input_gradient: _builtins.bool = ...,
-        reset_gradients: _builtins.bool = ...,
-        penalty_gradient: _builtins.float = ...,
         answer_format: Global___WireFormat.ValueType = ...,
         values: _abc.Iterable[_builtins.str] | None = ...,
         past: _abc.Iterable[_builtins.int] | None = ...,
@@ -1305,7 +1150,7 @@ class Backward(_message.Message):
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["answer_format", b"answer_format", "keep_graph", b"keep_graph", "need_input_gradient", b"need_input_gradient", "past", b"past", "penalty_gradient", b"penalty_gradient", "request_id", b"request_id", "reset_gradients", b"reset_gradients", "values", b"values"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["answer_format", b"answer_format", "keep_graph", b"keep_graph", "need_input_gradient", b"need_input_gradient", "past", b"past", "request_id", b"request_id", "values", b"values"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1313,146 +1158,22 @@ Global___Backward: _TypeAlias = Backward  # noqa: Y015
 
 @_typing.final
 class BackwardResult(_message.Message):
-    """tensors: gradient [B, T, D] when asked for."""
+    """tensors: gradient [B, T, D], "value/NAME" and "past/NUMBER", as far as asked for and as the result
+    depends on them.
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 
-    GRADIENT_NORM_FIELD_NUMBER: _builtins.int
-    gradient_norm: _builtins.float
-    """2-norm of the adapter's gradient accumulated since the last step."""
     def __init__(
         self,
-        *,
-        gradient_norm: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["gradient_norm", b"gradient_norm"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___BackwardResult: _TypeAlias = BackwardResult  # noqa: Y015
-
-@_typing.final
-class Optimizer(_message.Message):
-    DESCRIPTOR: _descriptor.Descriptor
-
-    @_typing.final
-    class HyperparametersEntry(_message.Message):
-        DESCRIPTOR: _descriptor.Descriptor
-
-        KEY_FIELD_NUMBER: _builtins.int
-        VALUE_FIELD_NUMBER: _builtins.int
-        key: _builtins.str
-        value: _builtins.float
-        def __init__(
-            self,
-            *,
-            key: _builtins.str = ...,
-            value: _builtins.float = ...,
-        ) -> None: ...
-        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
-        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
-        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-        def WhichOneof(self, oneof_group: _Never) -> None: ...
-
-    @_typing.final
-    class FlagsEntry(_message.Message):
-        DESCRIPTOR: _descriptor.Descriptor
-
-        KEY_FIELD_NUMBER: _builtins.int
-        VALUE_FIELD_NUMBER: _builtins.int
-        key: _builtins.str
-        value: _builtins.bool
-        def __init__(
-            self,
-            *,
-            key: _builtins.str = ...,
-            value: _builtins.bool = ...,
-        ) -> None: ...
-        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
-        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
-        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-        def WhichOneof(self, oneof_group: _Never) -> None: ...
-
-    NAME_FIELD_NUMBER: _builtins.int
-    HYPERPARAMETERS_FIELD_NUMBER: _builtins.int
-    FLAGS_FIELD_NUMBER: _builtins.int
-    name: _builtins.str
-    """A name of GetInfoResponse.optimizers."""
-    @_builtins.property
-    def hyperparameters(self) -> _containers.ScalarMap[_builtins.str, _builtins.float]: ...
-    @_builtins.property
-    def flags(self) -> _containers.ScalarMap[_builtins.str, _builtins.bool]: ...
-    def __init__(
-        self,
-        *,
-        name: _builtins.str = ...,
-        hyperparameters: _abc.Mapping[_builtins.str, _builtins.float] | None = ...,
-        flags: _abc.Mapping[_builtins.str, _builtins.bool] | None = ...,
-    ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
-    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["flags", b"flags", "hyperparameters", b"hyperparameters", "name", b"name"]  # noqa: Y015
-    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
-
-Global___Optimizer: _TypeAlias = Optimizer  # noqa: Y015
-
-@_typing.final
-class Step(_message.Message):
-    DESCRIPTOR: _descriptor.Descriptor
-
-    STEP_FIELD_NUMBER: _builtins.int
-    GRADIENT_SCALE_FIELD_NUMBER: _builtins.int
-    OPTIMIZER_FIELD_NUMBER: _builtins.int
-    ADAPTER_FIELD_NUMBER: _builtins.int
-    step: _builtins.int
-    """committed + 1 applies the step; committed answers its stored result again."""
-    gradient_scale: _builtins.float
-    """Multiplies the accumulated gradient: the client's gradient clipping or loss scaling."""
-    adapter: _builtins.str
-    @_builtins.property
-    def optimizer(self) -> Global___Optimizer: ...
-    def __init__(
-        self,
-        *,
-        step: _builtins.int = ...,
-        gradient_scale: _builtins.float = ...,
-        optimizer: Global___Optimizer | None = ...,
-        adapter: _builtins.str = ...,
-    ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["optimizer", b"optimizer"]  # noqa: Y015
-    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter", "gradient_scale", b"gradient_scale", "optimizer", b"optimizer", "step", b"step"]  # noqa: Y015
-    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
-
-Global___Step: _TypeAlias = Step  # noqa: Y015
-
-@_typing.final
-class StepResult(_message.Message):
-    DESCRIPTOR: _descriptor.Descriptor
-
-    COMMITTED_STEP_FIELD_NUMBER: _builtins.int
-    GRADIENT_NORM_FIELD_NUMBER: _builtins.int
-    committed_step: _builtins.int
-    gradient_norm: _builtins.float
-    def __init__(
-        self,
-        *,
-        committed_step: _builtins.int = ...,
-        gradient_norm: _builtins.float = ...,
-    ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
-    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["committed_step", b"committed_step", "gradient_norm", b"gradient_norm"]  # noqa: Y015
-    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
-
-Global___StepResult: _TypeAlias = StepResult  # noqa: Y015
 
 @_typing.final
 class Release(_message.Message):
@@ -1494,362 +1215,38 @@ class ReleaseResult(_message.Message):
 Global___ReleaseResult: _TypeAlias = ReleaseResult  # noqa: Y015
 
 @_typing.final
-class Snapshot(_message.Message):
-    DESCRIPTOR: _descriptor.Descriptor
-
-    PARTS_FIELD_NUMBER: _builtins.int
-    ADAPTER_FIELD_NUMBER: _builtins.int
-    adapter: _builtins.str
-    @_builtins.property
-    def parts(self) -> _containers.RepeatedScalarFieldContainer[Global___SnapshotPart.ValueType]: ...
-    def __init__(
-        self,
-        *,
-        parts: _abc.Iterable[Global___SnapshotPart.ValueType] | None = ...,
-        adapter: _builtins.str = ...,
-    ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
-    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter", "parts", b"parts"]  # noqa: Y015
-    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
-
-Global___Snapshot: _TypeAlias = Snapshot  # noqa: Y015
-
-@_typing.final
-class SnapshotResult(_message.Message):
-    """tensors: "adapter/NAME" and "gradient/NAME", NAME as in PEFT's adapter files; "optimizer/NAME/KEY",
-    NAME a parameter's and KEY as in torch's optimizer state, with ":int" or ":float" for a number.
-    """
-
-    DESCRIPTOR: _descriptor.Descriptor
-
-    PEFT_CONFIG_JSON_FIELD_NUMBER: _builtins.int
-    COMMITTED_STEP_FIELD_NUMBER: _builtins.int
-    peft_config_json: _builtins.str
-    committed_step: _builtins.int
-    def __init__(
-        self,
-        *,
-        peft_config_json: _builtins.str = ...,
-        committed_step: _builtins.int = ...,
-    ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
-    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["committed_step", b"committed_step", "peft_config_json", b"peft_config_json"]  # noqa: Y015
-    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
-
-Global___SnapshotResult: _TypeAlias = SnapshotResult  # noqa: Y015
-
-@_typing.final
-class Restore(_message.Message):
-    """Replaces what the tensors name, all or nothing.
-    tensors: all of "adapter/NAME", or all of "optimizer/NAME/KEY", or both.
-    """
-
-    DESCRIPTOR: _descriptor.Descriptor
-
-    ADAPTER_FIELD_NUMBER: _builtins.int
-    WEIGHT_DIGEST_FIELD_NUMBER: _builtins.int
-    COMMITTED_STEP_FIELD_NUMBER: _builtins.int
-    OPTIMIZER_FIELD_NUMBER: _builtins.int
-    adapter: _builtins.str
-    weight_digest: _builtins.str
-    """The trunk weights that the adapter was trained on; empty is not checked."""
-    committed_step: _builtins.int
-    """Sets the number of the last committed step."""
-    @_builtins.property
-    def optimizer(self) -> Global___Optimizer:
-        """Whose state "optimizer/…" is."""
-
-    def __init__(
-        self,
-        *,
-        adapter: _builtins.str = ...,
-        weight_digest: _builtins.str = ...,
-        committed_step: _builtins.int | None = ...,
-        optimizer: Global___Optimizer | None = ...,
-    ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_committed_step", b"_committed_step", "committed_step", b"committed_step", "optimizer", b"optimizer"]  # noqa: Y015
-    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_committed_step", b"_committed_step", "adapter", b"adapter", "committed_step", b"committed_step", "optimizer", b"optimizer", "weight_digest", b"weight_digest"]  # noqa: Y015
-    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType__committed_step: _TypeAlias = _typing.Literal["committed_step"]  # noqa: Y015
-    _WhichOneofArgType__committed_step: _TypeAlias = _typing.Literal["_committed_step", b"_committed_step"]  # noqa: Y015
-    def WhichOneof(self, oneof_group: _WhichOneofArgType__committed_step) -> _WhichOneofReturnType__committed_step | None: ...
-
-Global___Restore: _TypeAlias = Restore  # noqa: Y015
-
-@_typing.final
-class RestoreResult(_message.Message):
-    DESCRIPTOR: _descriptor.Descriptor
-
-    def __init__(
-        self,
-    ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
-    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
-    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
-
-Global___RestoreResult: _TypeAlias = RestoreResult  # noqa: Y015
-
-@_typing.final
-class AddAdapter(_message.Message):
-    """Adds a fresh adapter to the session, beside those it has."""
-
-    DESCRIPTOR: _descriptor.Descriptor
-
-    ADAPTER_FIELD_NUMBER: _builtins.int
-    PEFT_CONFIG_JSON_FIELD_NUMBER: _builtins.int
-    SEED_FIELD_NUMBER: _builtins.int
-    adapter: _builtins.str
-    peft_config_json: _builtins.str
-    seed: _builtins.int
-    def __init__(
-        self,
-        *,
-        adapter: _builtins.str = ...,
-        peft_config_json: _builtins.str = ...,
-        seed: _builtins.int = ...,
-    ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
-    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter", "peft_config_json", b"peft_config_json", "seed", b"seed"]  # noqa: Y015
-    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
-
-Global___AddAdapter: _TypeAlias = AddAdapter  # noqa: Y015
-
-@_typing.final
-class AddAdapterResult(_message.Message):
-    DESCRIPTOR: _descriptor.Descriptor
-
-    TRAINABLE_PARAMETERS_FIELD_NUMBER: _builtins.int
-    trainable_parameters: _builtins.int
-    def __init__(
-        self,
-        *,
-        trainable_parameters: _builtins.int = ...,
-    ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
-    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["trainable_parameters", b"trainable_parameters"]  # noqa: Y015
-    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
-
-Global___AddAdapterResult: _TypeAlias = AddAdapterResult  # noqa: Y015
-
-@_typing.final
-class RemoveAdapter(_message.Message):
-    DESCRIPTOR: _descriptor.Descriptor
-
-    ADAPTER_FIELD_NUMBER: _builtins.int
-    adapter: _builtins.str
-    def __init__(
-        self,
-        *,
-        adapter: _builtins.str = ...,
-    ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
-    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter"]  # noqa: Y015
-    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
-
-Global___RemoveAdapter: _TypeAlias = RemoveAdapter  # noqa: Y015
-
-@_typing.final
-class RemoveAdapterResult(_message.Message):
-    DESCRIPTOR: _descriptor.Descriptor
-
-    def __init__(
-        self,
-    ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
-    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
-    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
-
-Global___RemoveAdapterResult: _TypeAlias = RemoveAdapterResult  # noqa: Y015
-
-@_typing.final
-class ListAdapters(_message.Message):
-    DESCRIPTOR: _descriptor.Descriptor
-
-    def __init__(
-        self,
-    ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
-    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
-    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
-
-Global___ListAdapters: _TypeAlias = ListAdapters  # noqa: Y015
-
-@_typing.final
-class AdapterDescription(_message.Message):
-    DESCRIPTOR: _descriptor.Descriptor
-
-    ADAPTER_FIELD_NUMBER: _builtins.int
-    PEFT_CONFIG_JSON_FIELD_NUMBER: _builtins.int
-    TRAINABLE_PARAMETERS_FIELD_NUMBER: _builtins.int
-    COMMITTED_STEP_FIELD_NUMBER: _builtins.int
-    adapter: _builtins.str
-    peft_config_json: _builtins.str
-    trainable_parameters: _builtins.int
-    committed_step: _builtins.int
-    def __init__(
-        self,
-        *,
-        adapter: _builtins.str = ...,
-        peft_config_json: _builtins.str = ...,
-        trainable_parameters: _builtins.int = ...,
-        committed_step: _builtins.int = ...,
-    ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
-    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter", "committed_step", b"committed_step", "peft_config_json", b"peft_config_json", "trainable_parameters", b"trainable_parameters"]  # noqa: Y015
-    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
-
-Global___AdapterDescription: _TypeAlias = AdapterDescription  # noqa: Y015
-
-@_typing.final
-class ListAdaptersResult(_message.Message):
-    DESCRIPTOR: _descriptor.Descriptor
-
-    ADAPTERS_FIELD_NUMBER: _builtins.int
-    @_builtins.property
-    def adapters(self) -> _containers.RepeatedCompositeFieldContainer[Global___AdapterDescription]: ...
-    def __init__(
-        self,
-        *,
-        adapters: _abc.Iterable[Global___AdapterDescription] | None = ...,
-    ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
-    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapters", b"adapters"]  # noqa: Y015
-    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
-
-Global___ListAdaptersResult: _TypeAlias = ListAdaptersResult  # noqa: Y015
-
-@_typing.final
-class Importance(_message.Message):
-    """AdaLoRA: how much each singular value of the trunk's matrices matters."""
-
-    DESCRIPTOR: _descriptor.Descriptor
-
-    ADAPTER_FIELD_NUMBER: _builtins.int
-    UPDATE_FIELD_NUMBER: _builtins.int
-    REPORT_FIELD_NUMBER: _builtins.int
-    adapter: _builtins.str
-    update: _builtins.bool
-    """Takes the gradients of the last step into the moving averages first."""
-    report: _builtins.bool
-    """Answers the scores."""
-    def __init__(
-        self,
-        *,
-        adapter: _builtins.str = ...,
-        update: _builtins.bool = ...,
-        report: _builtins.bool = ...,
-    ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
-    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter", "report", b"report", "update", b"update"]  # noqa: Y015
-    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
-
-Global___Importance: _TypeAlias = Importance  # noqa: Y015
-
-@_typing.final
-class ImportanceResult(_message.Message):
-    """tensors: "importance/NAME" [R, 3]: mean score of the right and of the left singular vector, and the
-    score of the singular value; NAME is that of the parameter lora_E.
-    """
-
-    DESCRIPTOR: _descriptor.Descriptor
-
-    def __init__(
-        self,
-    ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
-    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
-    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
-
-Global___ImportanceResult: _TypeAlias = ImportanceResult  # noqa: Y015
-
-@_typing.final
-class Allocate(_message.Message):
-    """AdaLoRA: sets the singular values that are not kept to zero.
-    tensors: "keep/NAME" [R], bool, for every lora_E of the trunk.
-    """
-
-    DESCRIPTOR: _descriptor.Descriptor
-
-    ADAPTER_FIELD_NUMBER: _builtins.int
-    LAST_FIELD_NUMBER: _builtins.int
-    adapter: _builtins.str
-    last: _builtins.bool
-    """The last allocation: the moving averages start anew."""
-    def __init__(
-        self,
-        *,
-        adapter: _builtins.str = ...,
-        last: _builtins.bool = ...,
-    ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
-    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter", "last", b"last"]  # noqa: Y015
-    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
-
-Global___Allocate: _TypeAlias = Allocate  # noqa: Y015
-
-@_typing.final
-class AllocateResult(_message.Message):
-    DESCRIPTOR: _descriptor.Descriptor
-
-    def __init__(
-        self,
-    ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
-    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
-    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
-
-Global___AllocateResult: _TypeAlias = AllocateResult  # noqa: Y015
-
-@_typing.final
 class Fetch(_message.Message):
     """Reads base weights of the trunk's blocks."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     NAMES_FIELD_NUMBER: _builtins.int
+    NORM_ROWS_FIELD_NUMBER: _builtins.int
+    NORM_COLUMNS_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def names(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Parameters by full name, of which matrices are given only if the host serves its weights; empty
         asks for all vectors (norms' weights, biases).
         """
 
+    @_builtins.property
+    def norm_rows(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Matrices whose rows' 2-norms are answered as "rows/NAME", whatever the host serves."""
+
+    @_builtins.property
+    def norm_columns(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Of the columns, as "columns/NAME"."""
+
     def __init__(
         self,
         *,
         names: _abc.Iterable[_builtins.str] | None = ...,
+        norm_rows: _abc.Iterable[_builtins.str] | None = ...,
+        norm_columns: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["names", b"names"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["names", b"names", "norm_columns", b"norm_columns", "norm_rows", b"norm_rows"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
