@@ -120,9 +120,10 @@ class RemoteTensor(torch.Tensor):
         self, dtype: torch.dtype | None = None, device: torch.device | None = None
     ) -> RemoteTensor:
         """Describes the same matrix, in another dtype or elsewhere."""
-        return RemoteTensor(
-            self.shape, dtype or self.dtype, device or self.device, self.fetch, self.norms
-        )
+        dtype = dtype or self.dtype
+        # Norms of rounded numbers would be others.
+        norms = self.norms if torch.promote_types(self.dtype, dtype) == dtype else (None, None)
+        return RemoteTensor(self.shape, dtype, device or self.device, self.fetch, norms)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> torch.Tensor:
         made = _of_kind(self, self.like())
