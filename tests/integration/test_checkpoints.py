@@ -23,13 +23,13 @@ from peft import (
 )
 
 from client_service import SplitModelForCausalLM
-from client_service.checkpoint import Checkpoint, Checkpoints, check_can_be_saved
+from client_service.checkpoint import Checkpoint, Checkpoints
 from client_service.checkpoint_files import MANIFEST, newest_whole
 from client_service.data import batches
-from client_service.optimizer_spec import adamw
 from client_service.training import StepMetrics, TrainingPlan, train
+from client_service.whole import largest_difference, trained_weights, whole_twin
 from shared import failpoints
-from shared.errors import AdapterError, CheckpointError, OptimizerError
+from shared.errors import CheckpointError
 from shared.models import family_of
 from tests.conftest import Daemon
 from tests.models import save_tiny_model
@@ -42,7 +42,7 @@ LINEAR = list(family_of("gpt2").linear_layers)
 
 def lora(**changes: Any) -> LoraConfig:
     settings: dict[str, Any] = {"r": 4, "lora_dropout": 0.1, "target_modules": LINEAR}
-    return LoraConfig(task_type="CAUSAL_LM", **settings | changes)
+    return LoraConfig(task_type="CAUSAL_LM", fan_in_fan_out=True, **settings | changes)
 
 
 def adalora(**changes: Any) -> AdaLoraConfig:
@@ -53,8 +53,13 @@ def adalora(**changes: Any) -> AdaLoraConfig:
         target_r=3,
         lora_dropout=0.1,
         target_modules=LINEAR,
+        fan_in_fan_out=True,
         **schedule | changes,
     )
+
+
+def ia3() -> IA3Config:
+    return IA3Config(task_type="CAUSAL_LM", fan_in_fan_out=True)
 
 
 def plan(**changes: Any) -> TrainingPlan:
@@ -74,7 +79,7 @@ class Place:
 
     def open(self, config: PeftConfig | None = None, **terms: Any) -> Any:
         split = SplitModelForCausalLM.from_pretrained(
-            self.model, self.address, peft_config=config, **{"dropout": 0.1} | terms
+            self.model, self.address, peft_config=config, **{"dropout": 0.1, "seed": 0} | terms
         )
         self.opened.append(split)
         return split
@@ -185,8 +190,17 @@ def slow(*values: Any) -> Any:
         slow(lora(use_dora=True), plan(optimizer="adafactor"), {}),
         slow(lora(), plan(optimizer="sgd", schedule="linear"), {"trunk_peft_config": None}),
         slow(lora(), plan(), {"peft_parts": "trunk"}),
-        slow(IA3Config(task_type="CAUSAL_LM"), plan(), {}),
-        slow(PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3), plan(), {}),
+        slow(ia3(), plan(), {}),
+        slow(
+            PrefixTuningConfig(
+                task_type="CAUSAL_LM",
+                num_virtual_tokens=3,
+                prefix_projection=True,
+                encoder_hidden_size=16,
+            ),
+            plan(),
+            {},
+        ),
         slow(
             PromptEncoderConfig(
                 task_type="CAUSAL_LM", num_virtual_tokens=3, encoder_hidden_size=16
@@ -195,7 +209,7 @@ def slow(*values: Any) -> Any:
             {},
         ),
         (None, plan(), {}),
-        slow(None, plan(), {"trunk_peft_config": lora(), "peft_parts": "top"}),
+        slow(None, plan(), {"peft_parts": "top"}),
     ],
     ids=["lora", "dora", "frozen trunk", "trunk", "ia3", "prefix", "p-tuning", "ends", "top"],
 )
@@ -216,28 +230,16 @@ def test_adalora_on_one_side_goes_on(place: Place) -> None:
     check_resumes(place, adalora(), plan(), 3, {"peft_parts": "trunk"})
 
 
-def test_a_trunk_takes_no_allocation_that_does_not_fit(place: Place) -> None:
-    split = place.open(adalora())
-    fit(split, plan(), place.saving())
-    remote = split.remote_trunk
-    state = remote.session.optimizer_state()
-    assert {n.split("/")[1] for n in state if n.startswith("allocator/")} == {"kept", "matrix"}
-    name = next(n for n in state if n.startswith("allocator/matrix/") and "lora_E" in n)
-    kept = name.replace("matrix", "kept")
-    for odd, why in [
-        ({name: state[name][:2]}, "its shape is"),
-        ({name: state[name] * float("nan")}, "NaN or Inf"),
-        ({kept: state[kept].float()}, "torch.float32"),
-        ({"allocator/magic/x": state[name]}, "no such entry"),
-        ({name.replace("matrix", "ipt"): state[name]}, "lacks ipt/"),
-    ]:
-        with pytest.raises(AdapterError, match=why):
-            remote.session.restore_optimizer({**state, **odd}, adamw(lr=1e-3), STEPS)
-    after = remote.session.optimizer_state()
-    assert all(torch.equal(after[n], state[n]) for n in state)
-    other = place.open(lora())
-    with pytest.raises(AdapterError, match="not AdaLoRA"):
-        other.remote_trunk.session.restore_optimizer({name: state[name]}, adamw(lr=1e-3), 1)
+def test_a_run_in_two_halves_is_the_whole_model_s(place: Place) -> None:
+    config, quiet = lora(lora_dropout=0.0), {"dropout": 0.0}
+    split = place.open(config, **quiet)
+    whole = whole_twin(place.model, split)
+    expected = facts(fit(whole, plan()))
+    assert facts(fit(split, plan(), place.saving())) == expected
+    shutil.rmtree(place.checkpoints / f"step-{STEPS:08d}")
+    again = place.open(config, **quiet, seed=5)
+    assert facts(fit(again, plan(), start=place.newest(again))) == expected[MIDDLE:]
+    assert largest_difference(trained_weights(again), trained_weights(whole)) == 0
 
 
 def test_only_the_last_checkpoints_stay(place: Place) -> None:
@@ -268,14 +270,14 @@ def damage(folder: Path, name: str, edit: Edit) -> None:
 @pytest.mark.parametrize(
     ("name", "edit", "said"),
     [
-        ("top.safetensors", lambda data: None, "top.safetensors: is missing"),
+        ("model.safetensors", lambda data: None, "model.safetensors: is missing"),
         ("optimizer.safetensors", lambda data: data[:-1], "optimizer.safetensors: has "),
-        ("trunk.safetensors", lambda data: data[:-1] + b"?", "trunk.safetensors: was changed"),
+        ("model.safetensors", lambda data: data[:-1] + b"?", "model.safetensors: was changed"),
         ("state.json", lambda data: b" " + data[1:], "state.json: was changed"),
         (MANIFEST, lambda data: None, "manifest.json: is missing"),
         (MANIFEST, lambda data: data[:-9], "manifest.json: not readable"),
-        (MANIFEST, lambda data: b'{"format": 1, "files": []}', "manifest.json: is no manifest"),
-        (MANIFEST, lambda data: b'{"format": 7}', "manifest.json: format 7"),
+        (MANIFEST, lambda data: b'{"format": 2, "files": []}', "manifest.json: is no manifest"),
+        (MANIFEST, lambda data: b'{"format": 1}', "manifest.json: format 1; this program reads 2"),
         (MANIFEST, lambda data: data.replace(b'"step": ', b'"step": 1'), "manifest.json: is of"),
         (MANIFEST, lambda data: data.replace(b"rng.", b"../rng."), "rng.safetensors: is missing"),
     ],
@@ -311,14 +313,14 @@ def test_a_foreign_checkpoint_is_refused(whole_checkpoints: Path, place: Place) 
         newest_whole(whole_checkpoints, digest["weight_digest"], "1:2")
     assert newest_whole(place.out / "nowhere", "", SPLIT) is None
     shutil.copytree(whole_checkpoints, place.checkpoints)
-    for config, how, error in [
-        (lora(r=2), plan(), CheckpointError),
-        (IA3Config(task_type="CAUSAL_LM"), plan(), CheckpointError),
-        (lora(), plan(optimizer="sgd"), CheckpointError),
-        (lora(), plan(optimizer="adafactor"), (CheckpointError, OptimizerError)),
+    for config, how in [
+        (lora(r=2), plan()),
+        (ia3(), plan()),
+        (lora(), plan(optimizer="sgd")),
+        (lora(), plan(optimizer="adafactor")),
     ]:
         other = place.open(config)
-        with pytest.raises(error):
+        with pytest.raises(CheckpointError):
             fit(other, how, start=place.newest(other))
 
 
@@ -378,14 +380,6 @@ def test_leftovers_of_a_killed_process_are_removed(place: Place) -> None:
         (place.checkpoints / name).mkdir(parents=True)
     assert place.saving().newest(place.open(lora())) is None
     assert list(place.checkpoints.iterdir()) == []
-
-
-def test_a_method_whose_trunk_does_not_give_all_is_refused() -> None:
-    config = PrefixTuningConfig(
-        task_type="CAUSAL_LM", num_virtual_tokens=3, prefix_projection=True, encoder_hidden_size=16
-    )
-    with pytest.raises(CheckpointError, match="prefix_projection"):
-        check_can_be_saved(config)
 
 
 @pytest.mark.parametrize("start", [0, 1, 3, 4, 7])

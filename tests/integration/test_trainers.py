@@ -1,4 +1,4 @@
-"""``transformers.Trainer`` and ``trl``'s trainers as they are, on a split model and on the whole."""
+"""``transformers.Trainer`` and ``trl``'s trainers as they are, on a split model and the whole."""
 
 from __future__ import annotations
 
