@@ -250,8 +250,13 @@ class MixedAdapters:
 
     def _make_model(self) -> None:
         blocks = self._blocks()
-        names = [n for n, m in blocks.named_modules() if isinstance(m, nn.Linear | Conv1D)]
-        config = LoraConfig(r=1, target_modules=names, init_lora_weights=False)
+        linear = {n: m for n, m in blocks.named_modules() if isinstance(m, nn.Linear | Conv1D)}
+        config = LoraConfig(
+            r=1,
+            target_modules=list(linear),
+            init_lora_weights=False,
+            fan_in_fan_out=any(isinstance(m, Conv1D) for m in linear.values()),
+        )
         self._model = get_peft_model(blocks, config).eval()
         for path, layer in blocks.named_modules():
             if isinstance(layer, LoraLayer):

@@ -13,7 +13,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from trunk_service.tenant_tree import TreeState
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Matrices:
     """Plain LoRA of one layer: R ranks, K inputs, O outputs."""
 

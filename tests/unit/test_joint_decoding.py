@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from peft import IA3Config, PeftConfig, PrefixTuningConfig
+from peft import IA3Config, PeftConfig
 
 from shared.errors import ResourceExhaustedError, TensorError
 from shared.models.families import family_of
@@ -131,9 +131,9 @@ def test_edits_of_a_cache_come_before_the_token(gpt2: Trunk) -> None:
     [
         lora(use_dora=True, target_modules=["c_attn"]),
         IA3Config(task_type="CAUSAL_LM", target_modules=["c_attn"], feedforward_modules=[]),
-        PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3),
+        lora(target_modules=["c_attn"], bias="lora_only"),
     ],
-    ids=["dora", "ia3", "prefix"],
+    ids=["dora", "ia3", "biases"],
 )
 def test_what_peft_does_not_mix_is_computed_alone(gpt2: Trunk, config: PeftConfig) -> None:
     host = Host(gpt2)
@@ -190,8 +190,9 @@ def test_what_was_reserved_is_given_back(gpt2: Trunk) -> None:
     check(host, streams, 10)
     # Of each session the cache it had alone and the one it had with others, with room for 128.
     rooms = 2 * 128 * 2 * 2 * WIDTH * 4
-    copy = sum(p.nbytes for p in streams[0].session.adapters.get("").parameters)
-    assert streams[0].session.budget.used == rooms + copy
+    copy = sum(p.nbytes for p in streams[0].client.parameters.values())
+    # And what the client sent, and its copy beside the others'.
+    assert streams[0].session.budget.used == rooms + 2 * copy
     assert host.budget.used > 3 * rooms  # the stack is counted too
     for stream in streams:
         stream.session.caches.drop("c")
@@ -200,7 +201,7 @@ def test_what_was_reserved_is_given_back(gpt2: Trunk) -> None:
     for session in host.sessions:
         session.close()
     assert len(host.decoding._mixed) == 0
-    assert host.budget.used == idle
+    assert host.budget.used == 0
 
 
 def test_without_room_for_a_copy_each_is_computed_alone(gpt2: Trunk) -> None:
@@ -233,7 +234,7 @@ def test_an_answer_is_in_the_format_that_was_asked_for(gpt2: Trunk) -> None:
         stream.begin()
     asked = [
         (s.session, replace(s.ask(1, "c"), answer_format=f))
-        for s, f in zip(streams, (WireFormat.BFLOAT16, None), strict=True)
+        for s, f in zip(streams, (WireFormat.BFLOAT16, WireFormat.FLOAT32), strict=True)
     ]
     found = [numbers(outcome.give()).dtype for outcome in host.together(*asked)]
     assert found == [torch.bfloat16, torch.float32]

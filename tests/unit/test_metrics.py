@@ -52,10 +52,10 @@ def scraped() -> Iterator[Scraped]:
 def fill(metrics: TrunkMetrics, tenant: str) -> None:
     metrics.request_done(tenant, "forward", "OK", 0.25)
     metrics.request_done(tenant, "forward", "OK", 0.5)
-    metrics.request_done(tenant, "step", "TENSOR", 0.0)
+    metrics.request_done(tenant, "backward", "TENSOR", 0.0)
     metrics.bytes_in(tenant, 100)
     metrics.bytes_out(tenant, 30)
-    metrics.step(tenant)
+    metrics.pushed(tenant)
     metrics.replayed(tenant)
     metrics.resumed(tenant)
     metrics.waited(tenant, 0.02)
@@ -66,7 +66,7 @@ def test_a_scrape_has_what_was_counted(scraped: Scraped) -> None:
     scraped.metrics.rejected("DRAINING")
     expected = {
         ("trunkline_requests_total", "forward", "OK"): 2.0,
-        ("trunkline_requests_total", "step", "TENSOR"): 1.0,
+        ("trunkline_requests_total", "backward", "TENSOR"): 1.0,
     }
     for (name, kind, code), value in expected.items():
         assert scraped.value(name, tenant="ward-7", kind=kind, code=code) == value
@@ -74,7 +74,7 @@ def test_a_scrape_has_what_was_counted(scraped: Scraped) -> None:
     assert scraped.value("trunkline_compute_seconds_total", kind="forward", **of) == 0.75
     assert scraped.value("trunkline_bytes_total", direction="in", **of) == 100.0
     assert scraped.value("trunkline_bytes_total", direction="out", **of) == 30.0
-    for name in ("steps", "replays", "resumes"):
+    for name in ("pushes", "replays", "resumes"):
         assert scraped.value(f"trunkline_{name}_total", **of) == 1.0
     assert scraped.value("trunkline_queue_wait_seconds_count", **of) == 1.0
     assert scraped.value("trunkline_queue_wait_seconds_bucket", le="0.01", **of) == 0.0
@@ -115,7 +115,7 @@ def test_nothing_but_names_from_a_bounded_set_becomes_a_label(scraped: Scraped) 
     }
     assert reasons == REASONS | {"OTHER"}
     assert {key for _, labels in scraped.samples() for key, _ in labels} <= LABELS
-    assert {"open", "forward", "backward", "step"} <= KINDS
+    assert {"open", "forward", "backward", "fetch"} <= KINDS
     assert {"RESOURCE_EXHAUSTED", "UNAUTHENTICATED", "STALE_SESSION"} <= REASONS
 
 

@@ -4,7 +4,6 @@ leaves no mark on what is trained afterwards."""
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -14,22 +13,21 @@ from shared.errors import ResourceExhaustedError
 from shared.models import SplitRange
 from shared.models.quantization import QUANTIZATIONS
 from tests.models import OF_FAMILY, save_tiny_model
-from tests.unit.decoding_streams import LIMITS, WIDTH, Host, Stream, load, lora, numbers
+from tests.unit.decoding_streams import LIMITS, WIDTH, Client, Host, Stream, load, lora, numbers
 from trunk_service.limits import Limits
 from trunk_service.requests import (
     BackwardRequest,
     CacheEdit,
     ForwardRequest,
 )
-from trunk_service.session import TenantSession
 from trunk_service.trunk import Trunk
 
 pytestmark = pytest.mark.numeric
 
 
 def by_transformers(stream: Stream, count: int) -> list[torch.Tensor]:
-    """The same tokens through the session's own model with a ``DynamicCache``."""
-    model, outputs = stream.session.adapters.get("").model, list[torch.Tensor]()
+    """The same tokens through the client's own model with a ``DynamicCache``."""
+    model, outputs = stream.client.model.eval(), list[torch.Tensor]()
     cache = DynamicCache(config=model.config)
     for number in range(count + 1):
         request = stream.ask(number, "")
@@ -54,10 +52,9 @@ OTHERS = [pytest.param(f, marks=pytest.mark.slow) for f in OF_FAMILY if f != "ll
 @pytest.mark.parametrize("rows", [1, 3])
 def test_bits_are_those_of_a_dynamic_cache(family: str, rows: int, tmp_path: Path) -> None:
     host = Host(load(family, tmp_path))
-    session = host.open(lora())
-    stream = Stream(session, rows=rows, prompt=5, padded=2 * (rows > 1))
+    stream = Stream(host.open(lora()), rows=rows, prompt=5, padded=2 * (rows > 1))
     stream.edits = {30: [CacheEdit(remove_tokens=2)]}
-    if not session.caches.can_pack:
+    if not stream.session.caches.can_pack:
         stream.edits = {}  # what has left a window cannot come back
     expected = by_transformers(stream, 75)  # longer than the room there is at first
     for found, wanted in zip(stream.alone(75), expected, strict=True):
@@ -68,12 +65,11 @@ def test_a_mask_that_hides_nothing_is_none(tmp_path: Path) -> None:
     host = Host(load("llama", tmp_path))
     stream = Stream(host.open(lora()))
     expected = stream.alone(5)
-    session = stream.session
     for number, wanted in enumerate(expected):
         asked = stream.ask(number, "without")
         if number:
             asked = ForwardRequest(asked.hidden_BTD, None, asked.position_ids, cache_id="without")
-        assert torch.equal(numbers(session.forward(asked)), wanted)
+        assert torch.equal(numbers(stream.client.forward(asked)), wanted)
 
 
 def test_where_there_is_room_for_a_token_and_no_more_it_is_taken(tmp_path: Path) -> None:
@@ -86,7 +82,7 @@ def test_where_there_is_room_for_a_token_and_no_more_it_is_taken(tmp_path: Path)
     )
     assert torch.equal(tight.alone(1)[1], free.alone(1)[1])
     with pytest.raises(ResourceExhaustedError):
-        tight.session.forward(tight.ask(2, "alone"))
+        tight.client.forward(tight.ask(2, "alone"))
 
 
 @pytest.mark.parametrize("left, held", [(71, 9), (72, 64)])
@@ -100,16 +96,15 @@ def test_a_cache_is_packed_where_there_is_room_for_both_while_it_is_copied(
     assert stream.session.budget.used == held * token
 
 
-def trained(session: TenantSession) -> tuple[torch.Tensor, ...]:
+def trained(client: Client) -> tuple[torch.Tensor, ...]:
     """Output and gradients of a forward that is kept."""
     generator = torch.Generator().manual_seed(7)
     hidden, gradient = torch.randn(2, 2, 6, WIDTH, generator=generator)
-    answer = session.forward(
-        ForwardRequest(hidden, request_id="r", keep_graph=True, training=True, step=1)
-    )
-    session.backward(BackwardRequest(gradient, "r"))
-    gradients = session.adapters.get("").gradients.total()
-    return numbers(answer), *(g for g in gradients if g is not None)
+    answer = client.forward(ForwardRequest(hidden, request_id="r", keep_graph=True, training=True))
+    names = tuple(client.parameters)
+    found = client.session.backward(BackwardRequest(gradient, "r", values=names)).values
+    assert found.keys() == set(names)
+    return numbers(answer), *found.values()
 
 
 @pytest.mark.parametrize("kind", ["", *QUANTIZATIONS])
@@ -119,7 +114,7 @@ def test_generating_leaves_no_mark_on_training(family: str, kind: str, tmp_path:
         pytest.importorskip("bitsandbytes")
     folder = save_tiny_model(family, tmp_path)
 
-    def open_session() -> Any:
+    def open_session() -> Client:
         # A trunk each: what quantised layers make at first use is shared by all of a trunk.
         cpu = torch.device("cpu")
         return Host(Trunk.load(folder, SplitRange(2, 4), cpu, torch.float32, kind)).open(lora())

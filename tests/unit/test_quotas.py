@@ -19,7 +19,7 @@ LIMITS = Limits(
     tenant_max_sessions=2,
     tenant_adapter_parameters=1000,
     tenant_requests_in_flight=3,
-    tenant_steps_per_minute=6.0,
+    tenant_pushes_per_minute=6.0,
 )
 
 
@@ -81,26 +81,26 @@ def test_one_tenant_cannot_hold_more_than_the_trunk(quotas: TenantQuotas) -> Non
     assert quotas.held_bytes() == {"first": 80, "second": 0}
 
 
-def test_steps_come_in_bursts_of_a_minutes_and_then_at_their_rate(
+def test_pushes_come_in_bursts_of_a_minutes_and_then_at_their_rate(
     quotas: TenantQuotas, clock: Clock
 ) -> None:
     quota = quotas.of("one")
     for _ in range(6):
-        quota.check_step_rate()
+        quota.check_push_rate()
     clock.now += 4.0
-    with pytest.raises(ResourceExhaustedError, match="tenant_steps_per_minute") as refused:
-        quota.check_step_rate()
+    with pytest.raises(ResourceExhaustedError, match="tenant_pushes_per_minute") as refused:
+        quota.check_push_rate()
     assert refused.value.retry_after_s == pytest.approx(6.0)
     clock.now += refused.value.retry_after_s + 1e-6
-    quota.check_step_rate()
+    quota.check_push_rate()
     with pytest.raises(ResourceExhaustedError):
-        quota.check_step_rate()
-    quotas.of("other").check_step_rate()
+        quota.check_push_rate()
+    quotas.of("other").check_push_rate()
     clock.now += 3600.0
     for _ in range(6):
-        quota.check_step_rate()
+        quota.check_push_rate()
     with pytest.raises(ResourceExhaustedError):
-        quota.check_step_rate()
+        quota.check_push_rate()
 
 
 def test_tenants_that_hold_nothing_are_forgotten(quotas: TenantQuotas, clock: Clock) -> None:
@@ -109,7 +109,7 @@ def test_tenants_that_hold_nothing_are_forgotten(quotas: TenantQuotas, clock: Cl
     stays = quotas.of("stays")
     stays.add_session()
     for number in range(50):
-        quotas.of(f"visitor{number}").check_step_rate()
+        quotas.of(f"visitor{number}").check_push_rate()
     clock.now += 61.0
     assert quotas.of("stays") is stays
     assert len(quotas) == 1
@@ -120,13 +120,13 @@ def test_tenants_that_hold_nothing_are_forgotten(quotas: TenantQuotas, clock: Cl
     assert (len(quotas), gone[-1]) == (0, "stays")
 
 
-def test_leaving_and_coming_back_refills_no_steps(quotas: TenantQuotas, clock: Clock) -> None:
+def test_leaving_and_coming_back_refills_nothing(quotas: TenantQuotas, clock: Clock) -> None:
     for _ in range(6):
-        quotas.of("one").check_step_rate()
+        quotas.of("one").check_push_rate()
     clock.now += 1.0
     quotas.forget_idle()
     with pytest.raises(ResourceExhaustedError):
-        quotas.of("one").check_step_rate()
+        quotas.of("one").check_push_rate()
 
 
 def test_threads_that_race_get_no_more_than_is_allowed(quotas: TenantQuotas) -> None:

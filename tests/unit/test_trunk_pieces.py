@@ -1,9 +1,10 @@
-"""Scheduler, budget, held state and gradients, each alone."""
+"""Scheduler, budget and held state, each alone."""
 
 from __future__ import annotations
 
 import threading
 from concurrent.futures import Future
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +12,6 @@ import torch
 from shared.errors import DrainingError, ResourceExhaustedError, UnknownRequestError
 from tests.patience import PATIENCE_S
 from trunk_service.budget import ByteBudget
-from trunk_service.gradients import GradientSlots
 from trunk_service.held import HeldRequests
 from trunk_service.requests import ForwardRequest
 from trunk_service.room import Room
@@ -216,25 +216,14 @@ def test_a_budget_counts_against_its_parent() -> None:
 def test_held_state_expires_and_gives_its_bytes_back() -> None:
     now = [0.0]
     budget = ByteBudget(100, "held")
+    state: Any = None
     held = HeldRequests(lease_s=5.0, clock=lambda: now[0])
     for name in ("old", "new"):
         room = Room(budget, 0, 10, None)
-        held.add(ForwardRequest(torch.zeros(1, 1, 1), request_id=name), torch.zeros(1), None, room)
+        request = ForwardRequest(torch.zeros(1, 1, 1), request_id=name)
+        held.add(request, torch.zeros(1), None, room, state)
         now[0] += 3.0
     assert held.drop_expired() == ["old"]
     assert budget.used == 10
     with pytest.raises(UnknownRequestError, match="expired"):
         held.get("old")
-
-
-def test_slots_are_assigned_and_summed_in_their_order() -> None:
-    generator = torch.Generator().manual_seed(0)
-    parts = [torch.randn(1000, generator=generator) * 10.0**n for n in range(3)]
-    slots = GradientSlots()
-    for micro in (2, 0, 1):
-        slots.assign(micro, [torch.zeros(1000), None])
-        slots.assign(micro, [parts[micro], None])
-    total = slots.total()
-    assert total[1] is None and total[0] is not None
-    assert torch.equal(total[0], (parts[0] + parts[1]) + parts[2])
-    assert slots.norm() == pytest.approx(float(total[0].norm()))
