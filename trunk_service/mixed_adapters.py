@@ -138,7 +138,7 @@ class MixedAdapters:
         asked = {client: client.lora or {} for client in clients}
         ready = {client for client, lora in asked.items() if not lora}
         wanted = {c: lora for c, lora in asked.items() if lora and self._fits_in(c, lora)}
-        members = self._within_ranks(wanted)
+        members = self._within_ranks(wanted, [c for c in self._copies if c not in asked])
         if members != {client: copy.lora for client, copy in self._copies.items()}:
             self._fill(members)
         for client in wanted:
@@ -192,12 +192,11 @@ class MixedAdapters:
             return False
         return True
 
-    def _within_ranks(self, wanted: dict[ClientState, PlainLora]) -> dict[ClientState, PlainLora]:
-        """Those wanted, and those that were used lately as far as there is place."""
-        others = sorted(
-            (c for c in self._copies if c not in wanted and c not in self._refused),
-            key=lambda c: -self._copies[c].last_used,
-        )
+    def _within_ranks(
+        self, wanted: dict[ClientState, PlainLora], others: list[ClientState]
+    ) -> dict[ClientState, PlainLora]:
+        """Those wanted, and of the others that were used lately as many as there is place for."""
+        others = sorted(others, key=lambda c: -self._copies[c].last_used)
         lately = [c for c in others if self._forwards - self._copies[c].last_used <= _IDLE_FORWARDS]
         taken: dict[ClientState, PlainLora] = {}
         ranks = 0
