@@ -71,7 +71,8 @@ class SplitModelForCausalLM:
                 or alpha of the same configuration, or None for a frozen trunk.
             peft_parts: Which parts ``peft_config`` adapts: ``all``, ``bottom``, ``trunk``, ``top``
                 or ``ends``; what it does not adapt is frozen. Without one, which ends are trained.
-            adapter: As in ``PeftModel.from_pretrained(model, folder, is_trainable=True)``.
+            adapter: As in ``PeftModel.from_pretrained(model, folder, is_trainable=True)``; virtual
+                tokens, which PEFT loads for inference alone, are to be trained as well.
             seed: Of torch's generator while a fresh adapter is drawn; None draws from it as it is.
             secret_ends: Draws the ends' half of a fresh adapter from the system's randomness, see
                 :func:`client_service.redraw_ends`.
@@ -104,11 +105,12 @@ class SplitModelForCausalLM:
             InvalidInputError: If a wire format is unknown, a bound is not positive, or oneDNN is
                 asked for in another dtype than float32.
         """
-        checkpoint = open_checkpoint(model)
+        checkpoint, prompt = open_checkpoint(model), False
         if adapter is not None:
             if peft_config is not None:
                 raise AdapterError("give peft_config or adapter, not both")
-            read_adapter(adapter)  # names what is missing or damaged, before anything is opened
+            # Names what is missing or damaged, before anything is opened.
+            prompt = read_adapter(adapter)[0].is_prompt_learning
         check_parts(peft_parts)
         if peft_config is None and trunk_peft_config not in ("same", None):
             raise AdapterError(
@@ -152,7 +154,9 @@ class SplitModelForCausalLM:
                     redraw_ends(whole)
             elif adapter is not None:
                 with by_peft(f"{adapter}: PEFT cannot load it on this model"):
-                    whole = PeftModel.from_pretrained(base, str(adapter), is_trainable=True)
+                    whole = PeftModel.from_pretrained(base, str(adapter), is_trainable=not prompt)
+                    if prompt:
+                        whole.prompt_encoder.requires_grad_(True)
                 tell_other_base(adapter, session.info)
             else:
                 train_ends(base, peft_parts)

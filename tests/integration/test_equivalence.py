@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from client_service import SplitModelForCausalLM
 from client_service.calls import ForwardCall
-from client_service.verify import VerifyPlan, verify
+from client_service.verify import Difference, VerifyPlan, verify
 from client_service.whole import largest_difference, load_whole, trained_weights, whole_twin
 from shared.errors import TensorError
 from shared.models import family_of
@@ -81,6 +81,15 @@ def padded_batches(seed: int = 0) -> Iterator[dict[str, torch.Tensor]]:
             yield {"input_ids": ids, "attention_mask": mask, "labels": labels}
 
 
+def assert_equal(found: Difference) -> None:
+    """To the bit: both sides compute the same on one machine."""
+    assert found.max_abs_loss_diff == found.max_abs_grad_diff == 0, found
+    assert found.max_abs_adapter_diff == found.max_abs_grad_norm_diff == 0, found
+    assert found.differing_ranks == 0, found
+    # What AdaLoRA pruned is not saved: shorter sums are made in another order.
+    assert found.max_abs_reloaded_logit_diff <= 1e-5, found
+
+
 @pytest.mark.numeric
 @pytest.mark.parametrize(("family", "split", "changes"), CASES)
 def test_training_through_the_split_is_training_the_whole_model(
@@ -90,9 +99,7 @@ def test_training_through_the_split_is_training_the_whole_model(
     daemon = trunkd("--model", str(folder), "--split", split)
     plan = VerifyPlan(steps=20, grad_accum=2, grad_clip=0.3)
     found = verify(folder, daemon.address, lora(family), padded_batches(), plan)
-    assert found.max_abs_loss_diff == found.max_abs_grad_diff == 0
-    assert found.max_abs_adapter_diff == found.max_abs_grad_norm_diff == 0
-    assert found.max_abs_reloaded_logit_diff == 0
+    assert_equal(found)
 
 
 def test_rotary_positions_have_no_end(trunkd: Start, tmp_path: Path) -> None:

@@ -13,20 +13,20 @@ from peft import (
     AdaLoraConfig,
     IA3Config,
     PeftConfig,
-    PeftModelForCausalLM,
+    PeftModel,
     PrefixTuningConfig,
     PromptEncoderConfig,
     PromptTuningConfig,
+    get_peft_model,
 )
 
 from client_service import SplitModelForCausalLM, TrainingClient
 from client_service.verify import VerifyPlan, verify
-from client_service.whole import load_whole, whole_twin
-from shared.adapters.wrap import wrap
+from client_service.whole import largest_difference, load_whole, trained_weights, whole_twin
 from shared.errors import AdapterError
 from shared.models import family_of
 from tests.conftest import Daemon
-from tests.integration.test_equivalence import lora, losses, padded_batches
+from tests.integration.test_equivalence import assert_equal, lora, losses, padded_batches
 from tests.models import save_tiny_model
 
 pytestmark = [
@@ -34,6 +34,8 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:Position ids are not supported:UserWarning"),
     # Of the case that saves a tied head, which both sides have alike.
     pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`:UserWarning"),
+    # Of a matrix of which AdaLoRA keeps nothing.
+    pytest.mark.filterwarnings("ignore:Adapter 'default'. .* LoRA tensor"),
     # PEFT takes AdaLoRA's rank pattern for one of LoRA when it loads its own file.
     pytest.mark.filterwarnings("ignore:The following rank_pattern keys:RuntimeWarning"),
 ]
@@ -56,6 +58,7 @@ def adalora(family: str) -> AdaLoraConfig:
         tfinal=3,
         deltaT=2,
         target_modules=list(family_of(family).linear_layers),
+        fan_in_fan_out=family == "gpt2",
     )
 
 
@@ -69,7 +72,7 @@ def methods(family: str) -> dict[str, PeftConfig | None]:
         "saved head": lora(family, modules_to_save=["lm_head"]),
         "all-linear": lora(family, target_modules="all-linear"),
         "adalora": adalora(family),
-        "ia3": IA3Config(task_type="CAUSAL_LM"),
+        "ia3": IA3Config(task_type="CAUSAL_LM", fan_in_fan_out=family == "gpt2"),
         "prefix": PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=5),
         "prompt": PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=5),
         "p-tuning": PromptEncoderConfig(
@@ -110,11 +113,12 @@ def check(
     flags = ["--quantize", quantize] if quantize else []
     daemon = trunkd("--model", str(folder), *flags)
     plan = VerifyPlan(steps=STEPS, grad_accum=1, lr=RATES.get(method, 5e-3), warmup_steps=1)
-    config = methods(family)[method]
+    config: Any = methods(family)[method]
+    if quantize:
+        config.fan_in_fan_out = False  # a Conv1D is torch's Linear, once it is quantised
     batches = repeated(padded_batches())
     found = verify(folder, daemon.address, config, batches, plan, parts=parts, quantize=quantize)
-    assert found.within_tolerance, found
-    assert found.max_abs_grad_norm_diff <= 1e-5
+    assert_equal(found)
     assert found.final_loss < found.first_loss - 0.001
 
 
@@ -177,10 +181,9 @@ def test_adalora_allocates_the_ranks_of_the_whole_model(trunkd: Start, model_of:
             optimizer.step()
             model.update_and_allocate(step)
             optimizer.zero_grad()
-        joined = getattr(model, "joined_adapter", None)
-        config = joined().config if joined else model.peft_config["default"]
-        patterns.append({n.replace(".default", ""): k for n, k in config.rank_pattern.items()})
+        patterns.append(model.peft_config["default"].rank_pattern)
     assert patterns[0] == patterns[1]
+    assert largest_difference(trained_weights(split), trained_weights(whole)) == 0
     ranks = [sum(kept) for kept in patterns[0].values()]
     assert len(ranks) == 48 and sum(ranks) == 3 * 48 and len(set(ranks)) > 1
 
@@ -203,11 +206,15 @@ def test_a_method_that_cannot_work_on_a_part_says_why(
 @pytest.mark.parametrize(
     ("ends", "trunk", "why"),
     [
-        (lora("gpt2"), IA3Config(task_type="CAUSAL_LM"), "not one adapter"),
-        (lora("gpt2"), lora("gpt2", use_rslora=True), "use_rslora is False"),
-        (lora("gpt2", target_modules=["nowhere"]), "same", "name no module"),
-        (PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2), None, "frozen trunk"),
-        (lora("gpt2"), lora("gpt2", r=1000), "accepts up to 256"),
+        (lora("gpt2"), IA3Config(task_type="CAUSAL_LM"), "trunk_peft_config differs in"),
+        (lora("gpt2"), lora("gpt2", use_rslora=True), "differs in use_rslora"),
+        (lora("gpt2", target_modules=["nowhere"]), "same", "No modules were targeted|not found"),
+        (
+            PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2),
+            None,
+            "accepted is 'all'",
+        ),
+        (lora("gpt2"), lora("gpt2", r=1000), "256"),
     ],
 )
 def test_sides_that_make_no_adapter_are_refused_before_training(
@@ -231,27 +238,33 @@ def test_a_trunk_by_itself_takes_no_adalora(trunkd: Start) -> None:
 @pytest.mark.parametrize(
     "method", ["lora", "dora", "adalora", "ia3", "prefix", "prompt", "p-tuning"]
 )
-def test_a_whole_models_adapter_is_cut_and_training_goes_on(
+def test_a_whole_models_adapter_is_loaded_and_training_goes_on(
     method: str, trunkd: Start, model_of: Folder, tmp_path: Path
 ) -> None:
     """An adapter that plain PEFT trained goes on through the split, and generates the same."""
     folder = model_of("gpt2")
     config = methods("gpt2")[method]
     assert config is not None
-    whole = wrap(load_whole(folder), config, 0, "whole", PeftModelForCausalLM)
+    whole = get_peft_model(load_whole(folder), config)
     losses(whole, 3, rate=1e-2)
     whole.eval().save_pretrained(tmp_path / "adapter")
     split = SplitModelForCausalLM.from_pretrained(
         folder, trunkd("--model", str(folder)).address, adapter=tmp_path / "adapter"
     )
+    prompt = config.is_prompt_learning  # which PEFT loads for inference alone
+    whole = PeftModel.from_pretrained(
+        load_whole(folder), tmp_path / "adapter", is_trainable=not prompt
+    )
+    if prompt:
+        whole.prompt_encoder.requires_grad_(True)
     batch = next(padded_batches(5))
     batch.pop("labels")
     with torch.no_grad():
-        expected, found = whole(**batch).logits, split(**batch).logits
-    assert float((expected - found).abs().max()) <= 1e-5
+        assert torch.equal(whole.eval()(**batch).logits, split(**batch).logits)
     # Beams through the caches, the trunk's prefix included; the odd row is padded on the left.
     left = {name: tensor[:1, 7:] for name, tensor in batch.items()}
     options: dict[str, Any] = {"max_new_tokens": 12, "num_beams": 3, "pad_token_id": 0}
     assert torch.equal(whole.generate(**left, **options), split.generate(**left, **options))
-    found_losses = losses(split, 12, rate=1e-2)
-    assert found_losses[-1] != found_losses[0]
+    assert losses(split, 5, rate=1e-2) == losses(whole, 5, rate=1e-2)
+    assert largest_difference(trained_weights(split), trained_weights(whole)) == 0
+    split.remote_trunk.close()
