@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ from shared.adapters.structure import Structure, Value, base_name
 from shared.errors import SharedWeightsError, TrunklineError
 from shared.models import SplitRange
 from shared.models.families import Family, family_of
-from shared.skeleton import Fetch, skeleton_blocks
+from shared.skeleton import Fetch, Norms, skeleton_blocks
 from tests.models import save_tiny_model, tiny_model
 from tests.peft_rows import Row
 from trunk_service.tenant_tree import TenantTree, TreeLimits
@@ -42,18 +43,19 @@ def load_trunk(family: str, folder: Path) -> Trunk:
 
 @dataclass(frozen=True)
 class Matrices:
-    """What a trunk gives of its matrices: its own, or nothing."""
+    """What a trunk gives of its matrices: their norms, and themselves if it serves them."""
 
-    part: Any
+    trunk: Trunk
     served: bool
 
-    def __call__(self, name: str, transposed: bool) -> Fetch:
-        return lambda: self._value(name)
+    def __call__(self, name: str) -> tuple[Fetch, Norms]:
+        rows, columns = (functools.partial(self.trunk.norms, name, of) for of in (False, True))
+        return functools.partial(self._value, name), (rows, columns)
 
     def _value(self, name: str) -> torch.Tensor:
         if not self.served:
             raise SharedWeightsError(f"{name} is not given away: the host allows --serve-weights")
-        return self.part.get_parameter(name).detach().clone()  # type: ignore[no-any-return]
+        return self.trunk.matrix(name)
 
 
 class Pair:
@@ -69,7 +71,7 @@ class Pair:
         self.family: Family = family_of(family)
         self.part = trunk._part
         self.whole: Any = tiny_model(family, **changes(family))
-        self.split: Any = hollowed(self.whole, self.family, Matrices(self.part, served))
+        self.split: Any = hollowed(self.whole, self.family, Matrices(trunk, served))
         self.peft: Any = None
         self.peft_split: Any = None
 

@@ -102,6 +102,8 @@ def _is_its_own(event: str, args: tuple[Any, ...]) -> bool:
     """What libraries do whatever they are given: no word of a tenant's is in it."""
     if event == "open":
         return args[1] == "r" and str(args[0]).startswith((sys.prefix, str(ROOT)))
+    if event == "os.listdir":  # where that package could be, if the folder has changed since
+        return str(args[0]) in sys.path
     # AdaMSS looks for a package that PEFT does not require; accelerate asks for devices by a
     # variable of the environment.
     return event in ("os.putenv", "os.unsetenv") or (event == "import" and args[0] == "sklearn")
