@@ -15,6 +15,7 @@ import torch
 from peft import PeftConfig
 
 from client_service.adapter_files import CONFIG_FILE, Weights, read_adapter
+from client_service.placement import leave_out
 from shared.errors import AdapterError
 
 ACCEPTED = (
@@ -120,7 +121,17 @@ def _parts(folder: Path, model: str) -> FoundAdapter:
     config.modules_to_save = sorted(saved) or None
     weights = {name: tensor for _, side in sides.values() for name, tensor in side.items()}
     base = model or next((str(b) for c in configs if (b := c.base_model_name_or_path)), "")
+    config.base_model_name_or_path = base or None
+    if "trunk" not in sides:
+        _leave_out_trunk(config, [weights for _, weights in sides.values()])
     return FoundAdapter("parts", folder, config, weights, base, joined=True)
+
+
+def _leave_out_trunk(config: PeftConfig, ends: list[Weights]) -> None:
+    """Says that the blocks between those of the ends have no adapter."""
+    bottom, top = map(_blocks, ends)
+    if bottom and top and (between := range(max(bottom) + 1, min(top))):
+        leave_out(config, rf".*\.(?:{'|'.join(map(str, between))})\..*")
 
 
 def _targets(folder: Path, configs: list[PeftConfig]) -> Any:

@@ -93,23 +93,30 @@ def placed(
     if config.is_prompt_learning:
         _check_prompt(config, wanted)
         return config
-    names = {field.name for field in dataclasses.fields(config)}
-    if "exclude_modules" not in names:
-        raise AdapterError(
-            f"{config.peft_type.value} on {parts!r}: PEFT has no exclude_modules for it; accepted "
-            f"is 'all'"
-        )
     if getattr(config, "trainable_token_indices", None) and "bottom" not in wanted:
         raise AdapterError(f"trainable_token_indices on {parts!r}: the embedding is the bottom's")
     kept = _pattern(wanted, model, split)
-    theirs = config.exclude_modules
-    if theirs and not isinstance(theirs, str):
-        theirs = rf"(?:.*\.)?(?:{'|'.join(map(re.escape, theirs))})"
-    ours = rf"(?!(?:{kept})$).*"
-    config.exclude_modules = f"(?:{ours})|(?:{theirs})" if theirs else ours
+    leave_out(config, rf"(?!(?:{kept})$).*")
     if config.modules_to_save:
         config.modules_to_save = _in_parts(config.modules_to_save, kept, model)
     return config
+
+
+def leave_out(config: PeftConfig, pattern: str) -> None:
+    """Excludes modules by a pattern of their full names, besides those that are excluded already.
+
+    Raises:
+        AdapterError: If PEFT excludes none for this method.
+    """
+    if "exclude_modules" not in {field.name for field in dataclasses.fields(config)}:
+        raise AdapterError(
+            f"{config.peft_type.value} on some parts: PEFT has no exclude_modules for it; accepted "
+            f"is 'all'"
+        )
+    theirs = config.exclude_modules
+    if theirs and not isinstance(theirs, str):
+        theirs = rf"(?:.*\.)?(?:{'|'.join(map(re.escape, theirs))})"
+    config.exclude_modules = f"(?:{pattern})|(?:{theirs})" if theirs else pattern
 
 
 def _check_prompt(config: PeftConfig, wanted: set[str]) -> None:

@@ -60,6 +60,7 @@ class TrainingClient:
             self._passage: Passage = self.model.passage
             if dropout is not None:
                 set_dropout(self.model, dropout)
+            self.model.requires_grad_(False)
             if peft_config is not None:
                 split = self.model.split
                 config = placed(peft_config, "same", "trunk", self.model.config, split)

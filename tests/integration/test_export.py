@@ -27,6 +27,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingA
 from client_service import PEFTSplitLearningTrainer, SplitModelForCausalLM, TrainingClient
 from client_service.adapter_source import find_adapter
 from client_service.export import MERGE_TOLERANCE, export
+from client_service.whole import whole_twin
 from shared.bundled import model_dir
 from shared.errors import AdapterError, CheckpointError, InvalidInputError
 from shared.models import GPT2BottomModel, GPT2TopModel
@@ -147,13 +148,16 @@ def test_a_split_models_adapter_gives_the_split_models_logits(
     split = SplitModelForCausalLM.from_pretrained(
         model_dir(), bundled_trunk.address, peft_config=lora()
     )
-    train_a_little(split.train())
+    whole = whole_twin(model_dir(), split)
+    for model in (split, whole):
+        train_a_little(model.train())
     expected = logits(split)
+    assert torch.equal(expected, logits(whole))
     split.save_pretrained(tmp_path / "run/adapter")
     split.remote_trunk.close()
     done = export(tmp_path / "run", tmp_path / "out", merge=True)
     assert (done.kind, done.source) == ("training run", str(tmp_path / "run/adapter"))
-    assert largest(with_export(tmp_path / "out"), expected) <= 1e-4
+    assert torch.equal(with_export(tmp_path / "out"), expected)
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "out/merged", dtype=torch.float32)
     assert largest(logits(merged), expected) <= 1e-4
 
@@ -186,7 +190,7 @@ def test_a_trainers_output_gives_its_newest_checkpoint(
     split.remote_trunk.close()
     done = export(tmp_path / "trainer", tmp_path / "out")
     assert (done.kind, done.source) == ("trainer output", str(tmp_path / "trainer/checkpoint-11"))
-    assert largest(with_export(tmp_path / "out"), expected) <= 1e-4
+    assert torch.equal(with_export(tmp_path / "out"), expected)
     older = export(tmp_path / "trainer/checkpoint-9", tmp_path / "older", merge=True)
     assert older.kind == "trainer checkpoint"
     assert largest(with_export(tmp_path / "older"), expected) > 1e-4
@@ -226,7 +230,7 @@ def test_three_parts_become_one_adapter(
     parts, expected = hand_written
     done = export(parts, tmp_path / "out", merge=True, model=str(model_dir()))
     assert done.kind == "parts"
-    assert largest(with_export(tmp_path / "out"), expected) <= 1e-4
+    assert torch.equal(with_export(tmp_path / "out"), expected)
     assert largest(with_export(tmp_path / "out"), logits(bundled())) > 1e-3
     # Without the model nothing can be loaded, and the adapter is the same.
     alone = export(parts, tmp_path / "alone")
@@ -236,20 +240,11 @@ def test_three_parts_become_one_adapter(
         export(parts, tmp_path / "merged", merge=True)
 
 
-def test_prefixes_of_three_parts_are_joined_by_column(tmp_path: Path) -> None:
-    expected = save_adapter(tmp_path / "whole", UNMERGEABLE["prefix"]())
-    state = load_file(tmp_path / "whole/adapter_model.safetensors")
-    columns = state["prompt_embeddings"].chunk(12, dim=1)
-    for part, start, end in (("bottom", 0, 3), ("trunk", 3, 10), ("top", 10, 12)):
-        folder = tmp_path / f"parts/{part}_lora"
-        shutil.copytree(tmp_path / "whole", folder)
-        cut = torch.cat(columns[start:end], dim=1)
-        save_file({"prompt_embeddings": cut}, folder / "adapter_model.safetensors")
-    assert export(tmp_path / "parts", tmp_path / "out").max_abs_peft_logit_diff == 0
-    assert torch.equal(with_export(tmp_path / "out"), expected)
-    shutil.rmtree(tmp_path / "parts/trunk_lora")
-    with pytest.raises(AdapterError, match="no trunk_lora/"):
-        export(tmp_path / "parts", tmp_path / "other")
+def test_a_prefix_has_no_parts(tmp_path: Path) -> None:
+    for part in ("bottom", "top"):
+        save_adapter(tmp_path / f"parts/{part}_lora", UNMERGEABLE["prefix"]())
+    with pytest.raises(AdapterError, match="PREFIX_TUNING is one tensor for the whole model"):
+        find_adapter(tmp_path / "parts")
 
 
 def test_parts_with_local_block_numbers_are_refused(tmp_path: Path) -> None:
