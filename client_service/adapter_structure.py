@@ -76,6 +76,35 @@ def adapter_tensors(blocks: Blocks, dtype: torch.dtype) -> list[tuple[Value, tor
     ]
 
 
+def check_shared(
+    layers: nn.Module, tensors: Sequence[tuple[Value, torch.Tensor]], held: str
+) -> None:
+    """Refuses what is trained in several places where that would not be the whole model's.
+
+    Its gradient is a sum over the places, made in another order. In float32 that is rounding; what
+    has fewer digits, or quantises what it is given, shows it. And which quantised layers share may
+    hang on how their matrices are packed, which is not known here.
+
+    Args:
+        layers: All blocks of the model.
+        tensors: Of the trunk's blocks, as of :func:`adapter_tensors`.
+        held: How the trunk holds its matrices; empty for float32.
+
+    Raises:
+        AdapterError: Names a tensor.
+    """
+    if not held or not any(value.requires_grad for value, _ in tensors):
+        return
+    seen: set[int] = set()
+    for name, parameter in layers.named_parameters(remove_duplicate=False):
+        if parameter.requires_grad and id(parameter) in seen:
+            raise AdapterError(
+                f"{base_name(name)} is trained for several layers: on a trunk in {held} accepted "
+                f"are adapters of which each layer has its own"
+            )
+        seen.add(id(parameter))
+
+
 def adapter_structure(blocks: Blocks, configs: Mapping[str, PeftConfig]) -> Structure:
     """Describes the adapters in the trunk's blocks and the state of their layers.
 

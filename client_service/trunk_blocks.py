@@ -21,6 +21,7 @@ from transformers.utils.output_capturing import _active_collector
 from client_service.adapter_structure import (
     adapter_structure,
     adapter_tensors,
+    check_shared,
     mixed_adapter_names,
 )
 from client_service.calls import ForwardCall
@@ -107,6 +108,8 @@ class Passage:
         blocks = self.blocks()
         configs = getattr(self._model, "peft_config", None) or {}
         tensors = adapter_tensors(blocks, self.function.dtype)
+        layers = getattr(getattr(self._model, self._family.base), self._family.layers)
+        check_shared(layers, tensors, self.function.held)
         return adapter_structure(blocks, configs), tensors
 
     def check(self) -> None:

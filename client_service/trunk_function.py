@@ -26,6 +26,7 @@ from shared.adapters.state_push import StatePush
 from shared.adapters.structure import Structure, Value
 from shared.errors import (
     AdapterError,
+    SharedWeightsError,
     StaleStateError,
     TrunkUnavailableError,
     UnknownRequestError,
@@ -97,6 +98,12 @@ class TrunkFunction:
     def __setstate__(self, state: tuple[Any, ...]) -> None:
         self.__init__(*state)  # type: ignore[misc]
 
+    @property
+    def held(self) -> str:
+        """How the trunk holds its matrices; empty for float32."""
+        dtype = "" if self.dtype == torch.float32 else str(self.dtype).removeprefix("torch.")
+        return self.session.info.quantization or dtype
+
     def fetch(self, name: str, norms: str = "") -> torch.Tensor:
         """Reads a base matrix of the trunk's blocks, or the norms of its ``rows`` or ``columns``.
 
@@ -105,6 +112,11 @@ class TrunkFunction:
         """
         if norms:
             return self.session.fetch_norms(name, norms)
+        if kind := self.session.info.quantization:
+            raise SharedWeightsError(
+                f"{name}: a matrix of a trunk in {kind} is not read, since PEFT makes something "
+                f"else of a whole model's quantised one: accepted are adapters that begin without"
+            )
         tensors, _ = self.session.fetch([name])
         return tensors[name]
 
