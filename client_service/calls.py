@@ -24,6 +24,8 @@ class SessionTerms:
     activation_format: WireFormat = WireFormat.FLOAT32
     """How hidden states travel, both ways."""
     gradient_format: WireFormat = WireFormat.FLOAT32
+    adapter_format: WireFormat = WireFormat.FLOAT32
+    """How float32 tensors of adapters travel, and their gradients back."""
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ from shared.failpoints import reach
 from shared.pb.trunkline.v1 import trunk_pb2 as pb
 from shared.versions import check_versions, library_versions
 from shared.wire.dtypes import from_format, to_wire
-from shared.wire.formats import Packed, WireFormat, pack
+from shared.wire.formats import Packed, WireFormat, pack, pack_value
 from shared.wire.structures import write_structure, write_values
 
 logger = logging.getLogger(__name__)
@@ -139,7 +139,8 @@ class TrunkSession:
         if call.position_ids is not None:
             tensors["position_ids"] = call.position_ids.to(torch.int64)
         if call.push is not None:
-            tensors |= {f"value/{i}": tensor for i, tensor in enumerate(call.push.tensors)}
+            how = self.terms.adapter_format
+            tensors |= {f"value/{i}": pack_value(t, how) for i, t in enumerate(call.push.tensors)}
         tensors |= {f"past/{i}": tensor.contiguous() for i, tensor in enumerate(call.past)}
         body = pb.Forward(
             request_id=call.request_id,
@@ -150,7 +151,7 @@ class TrunkSession:
             cached_tokens=call.cached_tokens,
             answer_format=from_format(wire_format),
             state_version=call.state_version,
-            state=_state(call.push),
+            state=_state(call.push, self.terms.adapter_format),
             adapter_names=call.adapter_names,
             attention=call.attention,
             dropout_key=call.dropout_key,
@@ -203,6 +204,7 @@ class TrunkSession:
             past=past,
             keep_graph=keep_graph,
             answer_format=from_format(self.gradient_format),
+            value_format=from_format(self.terms.adapter_format),
         )
         tensors = {"gradient": pack(gradient_BTD, self.gradient_format, is_gradient=True)}
         answer = self._ask_in_turn(pb.SessionRequest(backward=body), tensors)
@@ -290,14 +292,17 @@ def _without(prefix: str, tensors: Tensors) -> Tensors:
     return {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
 
 
-def _state(push: StatePush | None) -> pb.AdapterState | None:
+def _state(push: StatePush | None, wire_format: WireFormat) -> pb.AdapterState | None:
     if push is None:
         return None
+    values = write_values(push.values)
+    for value, tensor in zip(values, push.tensors, strict=True):
+        value.rounded = tensor.dtype == torch.float32 and wire_format is not WireFormat.FLOAT32
     return pb.AdapterState(
         version=push.version,
         since=push.since,
         structure=None if push.structure is None else write_structure(push.structure),
-        values=write_values(push.values),
+        values=values,
     )
 
 

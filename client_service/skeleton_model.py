@@ -83,7 +83,10 @@ def with_skeleton(
     if onednn:
         use_onednn(model, dtype, model.device)
     spread_single_rows(model)
-    blocks = _put_blocks(model, config, family, split, session, (below, above), secret)
+    # A copy of the trunk's own matrices, if the digest was compared that says so.
+    compared = session.terms.weight_digest is not None and "ends" not in checkpoint.metadata
+    copied = checkpoint.source if compared and checkpoint.layer_names(split) else ""
+    blocks = _put_blocks(model, config, family, split, session, (below, above), secret, copied)
     for name, block in blocks.items():
         _take_trained_vectors(block, f"{family.layer_prefix}{name}", checkpoint)
     model.passage.watch_mask()
@@ -121,11 +124,12 @@ def _put_blocks(
     session: TrunkSession,
     ends: tuple[list[tuple[str, Any]], list[tuple[str, Any]]] = ([], []),
     secret: bytes | None = None,
+    copied: str = "",
 ) -> dict[str, nn.Module]:
     """Puts the trunk's hollow blocks into a model, between those of the ends."""
     vectors, linear = session.fetch([])
     theirs = to_torch(session.info.compute_dtype)
-    function = TrunkFunction(session, vectors, theirs)
+    function = TrunkFunction(session, vectors, theirs, copied)
     blocks = skeleton_blocks(
         config, family, split, vectors, theirs, _Fetches(function), linear=frozenset(linear)
     )

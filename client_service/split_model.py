@@ -49,6 +49,7 @@ class SplitModelForCausalLM:
         dtype: torch.dtype = torch.float32,
         wire_format: str = "float32",
         gradient_wire_format: str | None = None,
+        adapter_wire_format: str = "float32",
         max_wire_drift: float | None = None,
         wire_check_every: int = 20,
         quantize: str = "",
@@ -81,7 +82,9 @@ class SplitModelForCausalLM:
             dtype: What the ends are computed in.
             wire_format: How hidden states travel: ``float32``, ``bfloat16``, ``float16`` or
                 ``int8``; the last ones lose digits (docs/performance.md tells what it does).
-            gradient_wire_format: How gradients travel; None is as hidden states.
+            gradient_wire_format: How gradients of hidden states travel; None is as they do.
+            adapter_wire_format: How the adapter's tensors travel to the trunk's blocks, where they
+                are float32, and their gradients back; the trunk computes with what arrives.
             max_wire_drift: Goes back to float32 when a training loss is further than this, in
                 relation, from what it is with float32; None does not look.
             wire_check_every: Training forwards from one such look to the next.
@@ -128,6 +131,7 @@ class SplitModelForCausalLM:
             weight_digest=_digest(checkpoint, served),
             activation_format=WireFormat.named(wire_format),
             gradient_format=WireFormat.named(gradient_wire_format or wire_format),
+            adapter_format=WireFormat.named(adapter_wire_format),
         )
         session = TrunkSession(trunk, terms, reconnect_timeout_s=reconnect_timeout_s)
         try:

@@ -31,6 +31,7 @@ from shared.errors import (
     TrunkUnavailableError,
     UnknownRequestError,
 )
+from shared.models import open_checkpoint
 
 _ATTEMPTS = 3
 
@@ -76,12 +77,17 @@ class TrunkFunction:
         session: An open session.
         base: Vectors of the trunk's own blocks, by name.
         dtype: What the trunk computes in.
+        copy: A checkpoint that has the trunk's blocks too, under the trunk's own digest.
     """
 
     def __init__(
-        self, session: TrunkSession, base: dict[str, torch.Tensor], dtype: torch.dtype
+        self,
+        session: TrunkSession,
+        base: dict[str, torch.Tensor],
+        dtype: torch.dtype,
+        copy: str = "",
     ) -> None:
-        self.session, self.dtype = session, dtype
+        self.session, self.dtype, self._copy = session, dtype, copy
         self._base = base
         self._lock, self._here = threading.Lock(), threading.local()
         self._sent = SentState(base)
@@ -93,7 +99,7 @@ class TrunkFunction:
 
     def __getstate__(self) -> tuple[Any, ...]:
         """A copy has a session of its own."""
-        return self.session, self._base, self.dtype
+        return self.session, self._base, self.dtype, self._copy
 
     def __setstate__(self, state: tuple[Any, ...]) -> None:
         self.__init__(*state)  # type: ignore[misc]
@@ -108,7 +114,7 @@ class TrunkFunction:
         """Reads a base matrix of the trunk's blocks, or the norms of its ``rows`` or ``columns``.
 
         Raises:
-            SharedWeightsError: If the host does not give it.
+            SharedWeightsError: If there is no copy here, and the host does not give it.
         """
         if norms:
             return self.session.fetch_norms(name, norms)
@@ -117,6 +123,8 @@ class TrunkFunction:
                 f"{name}: a matrix of a trunk in {kind} is not read, since PEFT makes something "
                 f"else of a whole model's quantised one: accepted are adapters that begin without"
             )
+        if self._copy:
+            return open_checkpoint(self._copy).read(name).to(self.dtype)
         tensors, _ = self.session.fetch([name])
         return tensors[name]
 

@@ -110,6 +110,8 @@ class BackwardRequest:
     """Numbers of the past tensors whose gradients are wanted."""
     keep_graph: bool = False
     """Whether another backward will follow."""
+    value_format: WireFormat = WireFormat.FLOAT32
+    """How the values' gradients travel, where they are float32."""
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from shared.errors import (
     TensorError,
     UnknownRequestError,
 )
-from shared.wire.formats import pack
+from shared.wire.formats import pack, pack_value
 from trunk_service.budget import ByteBudget
 from trunk_service.caches import KeyValueCaches
 from trunk_service.client_state import ClientState
@@ -158,7 +158,8 @@ class TenantSession:
         if request.need_input_gradient and found[0] is not None:
             answer = pack(found[0], request.answer_format, True, to_host)
         pairs = zip(wanted, found[1:], strict=True)
-        sent = {key: to_host(gradient) for key, gradient in pairs if gradient is not None}
+        how = request.value_format
+        sent = {key: pack_value(g, how, to_host) for key, g in pairs if g is not None}
         return BackwardAnswer(
             answer,
             values={key: t for key, t in sent.items() if isinstance(key, str)},

@@ -12,7 +12,6 @@ from shared.errors import ProtocolError
 from shared.pb.trunkline.v1 import trunk_pb2 as pb
 from shared.versions import library_versions
 from shared.wire.dtypes import to_format, to_torch, to_wire
-from shared.wire.formats import WireFormat
 from shared.wire.structures import read_structure, read_values
 from trunk_service.limits import Limits
 from trunk_service.requests import (
@@ -70,7 +69,7 @@ def forward_request(body: pb.Forward, tensors: Tensors) -> ForwardRequest:
         cache_id=body.cache_id,
         cache_edits=[_cache_edit(op) for op in body.cache_ops],
         cached_tokens=body.cached_tokens if body.HasField("cached_tokens") else None,
-        answer_format=to_format(body.answer_format) or WireFormat.FLOAT32,
+        answer_format=to_format(body.answer_format),
         state_version=body.state_version,
         push=push,
         past=tuple(tensors[f"past/{i}"] for i in range(len(past))),
@@ -93,10 +92,11 @@ def backward_request(body: pb.Backward, tensors: Tensors) -> BackwardRequest:
         gradient_BTD=tensors["gradient"],
         request_id=body.request_id,
         need_input_gradient=body.need_input_gradient,
-        answer_format=to_format(body.answer_format) or WireFormat.FLOAT32,
+        answer_format=to_format(body.answer_format),
         values=tuple(body.values),
         past=tuple(body.past),
         keep_graph=body.keep_graph,
+        value_format=to_format(body.value_format),
     )
 
 
@@ -132,7 +132,10 @@ def _push(body: pb.Forward, tensors: Tensors) -> StatePush:
         state.since,
         read_structure(state.structure) if state.HasField("structure") else None,
         values,
-        tuple(tensors[name] for name in names),
+        tuple(
+            tensors[name].float() if value.rounded else tensors[name]
+            for name, value in zip(names, state.values, strict=True)
+        ),
     )
 
 

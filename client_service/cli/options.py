@@ -152,6 +152,13 @@ GradientWireFormatOption = Annotated[
     str | None,
     typer.Option(help="Of gradients, if another than --wire-format.", callback=_check_wire_format),
 ]
+AdapterWireFormatOption = Annotated[
+    str,
+    typer.Option(
+        help="How the adapter's values and their gradients travel; the trunk rounds, too.",
+        callback=_check_wire_format,
+    ),
+]
 WireDriftOption = Annotated[
     float | None,
     typer.Option(

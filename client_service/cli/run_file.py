@@ -60,6 +60,7 @@ class RunSettings:
     micro_batches: int = 1
     wire_format: str = "float32"
     gradient_wire_format: str | None = None
+    adapter_wire_format: str = "float32"
     max_wire_drift: float | None = None
 
     def anywhere(self) -> RunSettings:

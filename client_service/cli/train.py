@@ -28,6 +28,7 @@ from client_service.cli.options import (
     DEFAULT_TRUNK,
     MOST,
     AdapterOption,
+    AdapterWireFormatOption,
     BatchSizeOption,
     GradientWireFormatOption,
     ModelOption,
@@ -159,6 +160,7 @@ def train_command(
     ] = 1,
     wire_format: WireFormatOption = "float32",
     gradient_wire_format: GradientWireFormatOption = None,
+    adapter_wire_format: AdapterWireFormatOption = "float32",
     max_wire_drift: WireDriftOption = None,
     fused_loss: Annotated[
         bool, typer.Option(help="Make the loss without the logits: faster, other last digits.")
@@ -267,6 +269,7 @@ def _open(model: str, settings: RunSettings, config: PeftConfig | None) -> Any:
         onednn=settings.onednn,
         wire_format=settings.wire_format,
         gradient_wire_format=settings.gradient_wire_format,
+        adapter_wire_format=settings.adapter_wire_format,
         max_wire_drift=settings.max_wire_drift,
         reconnect_timeout_s=settings.reconnect_timeout,
     )

@@ -55,14 +55,14 @@ def to_wire(dtype: torch.dtype) -> pb.DataType.ValueType:
     return pb.DataType.ValueType(_WIRE_DTYPES[dtype])
 
 
-def to_format(value: int) -> WireFormat | None:
-    """Returns what a wire ``WireFormat`` means; None for the unspecified one.
+def to_format(value: int) -> WireFormat:
+    """Returns what a wire ``WireFormat`` means; the unspecified one is float32.
 
     Raises:
         TensorError: If the value is none of the enumeration.
     """
     if value == pb.WIRE_FORMAT_UNSPECIFIED:
-        return None
+        return WireFormat.FLOAT32
     if value not in _FORMATS:
         raise TensorError(f"wire format {value} is unknown; accepted: {sorted(_FORMATS)}")
     return _FORMATS[value]

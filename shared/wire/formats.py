@@ -75,6 +75,26 @@ class Int8Blocks:
 Packed = torch.Tensor | Int8Blocks
 
 
+def pack_value(
+    tensor: torch.Tensor,
+    wire_format: WireFormat,
+    to_host: Callable[[torch.Tensor], torch.Tensor] = torch.Tensor.cpu,
+) -> Packed:
+    """Converts an adapter's tensor, or its gradient, to what travels: as it is, unless float32.
+
+    Args:
+        tensor: Any, on any device.
+        wire_format: How.
+        to_host: Brings a tensor to the CPU.
+
+    Returns:
+        As :func:`pack`.
+    """
+    if wire_format is WireFormat.FLOAT32 or tensor.dtype != torch.float32:
+        return to_host(tensor)
+    return pack(tensor, wire_format, to_host=to_host)
+
+
 def pack(
     tensor: torch.Tensor,
     wire_format: WireFormat,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import pickle
+import shutil
 import signal
 import threading
 from collections.abc import Callable, Iterator
@@ -26,13 +27,15 @@ from peft import (
 )
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
+from client_service import SplitModelForCausalLM
 from client_service.calls import SessionTerms
 from client_service.dropout_key import SECRET_VARIABLE
 from client_service.session import TrunkSession
 from client_service.skeleton_model import with_skeleton
-from shared.errors import AdapterError, ProtocolError, SharedWeightsError
+from shared.errors import AdapterError, InvalidInputError, ProtocolError, SharedWeightsError
 from shared.models import SplitRange, open_checkpoint
 from shared.models.families import FAMILIES, family_of
+from shared.models.split_layout import write_split_layout
 from tests.conftest import Daemon, start_daemon
 from tests.models import VOCAB, save_tiny_model
 from tests.patience import PATIENCE_S
@@ -504,6 +507,63 @@ def test_matrices_are_given_where_the_host_serves_them(
     assert_same(ours, theirs)
 
 
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_a_client_that_has_the_blocks_itself_reads_them_there(
+    family: str, trunkd: Start, tmp_path: Path
+) -> None:
+    folder = save_tiny_model(family, tmp_path / "model", num_hidden_layers=4)
+    write_split_layout(folder, SplitRange(1, 3), tmp_path / "parts")
+    shutil.rmtree(tmp_path / "parts" / "trunk")
+    daemon = trunkd("--model", str(folder), "--split", "1:3")
+    config = lora(folder, modules_to_save=["c_fc", "up_proj"])
+    with pytest.raises(SharedWeightsError, match="--serve-weights"):
+        SplitModelForCausalLM.from_pretrained(
+            tmp_path / "parts", daemon.address, peft_config=copy.deepcopy(config)
+        )
+    torch.manual_seed(1)
+    ours = SplitModelForCausalLM.from_pretrained(
+        folder, daemon.address, peft_config=copy.deepcopy(config)
+    ).train()
+    theirs = adapted(load(folder), config)
+    assert_same(ours, theirs)
+    assert trained(ours) == trained(theirs)
+    assert_same(ours, theirs)
+    ours.base_model.model.remote_trunk.close()
+
+
+def test_adapters_that_travel_in_bfloat16_are_computed_with_so(gpt2: Path, trunkd: Start) -> None:
+    """The client's own are in full: as if the whole model's blocks had rounded copies of them."""
+    daemon = trunkd("--model", str(gpt2), "--split", "1:3")
+    ours = SplitModelForCausalLM.from_pretrained(
+        gpt2, daemon.address, peft_config=lora(gpt2), seed=1, adapter_wire_format="bfloat16"
+    ).train()
+    theirs = adapted(load(gpt2), lora(gpt2))
+    rounded = [
+        p
+        for n, p in theirs.named_parameters()
+        if p.requires_grad and (".h.1." in n or ".h.2." in n)
+    ]
+    kept = [p.detach().clone() for p in rounded]
+    optimizers = [torch.optim.SGD(trainable(m), lr=0.1) for m in (ours, theirs)]
+    for batch in batches(3):
+        for parameter, value in zip(rounded, kept, strict=True):
+            parameter.data.copy_(value.bfloat16())
+        losses = [model(**batch).loss for model in (ours, theirs)]
+        assert torch.equal(*losses)
+        for loss in losses:
+            loss.backward()
+        for parameter, value in zip(rounded, kept, strict=True):
+            assert parameter.grad is not None
+            parameter.grad = parameter.grad.bfloat16().float()
+            parameter.data.copy_(value)
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+        kept = [p.detach().clone() for p in rounded]
+    assert_same(ours, theirs)
+    ours.base_model.model.remote_trunk.close()
+
+
 def test_a_host_says_which_methods_it_takes(gpt2: Path, trunkd: Start, split_of: Open) -> None:
     flags = ("--model", str(gpt2), "--split", "1:3", "--peft-methods", '["IA3"]')
     model = adapted(split_of(gpt2, trunkd(*flags).address), lora(gpt2))
@@ -545,17 +605,20 @@ def test_a_dropped_model_ends_its_session(gpt2: Path, trunkd: Start, split_of: O
 
 
 def test_a_saved_bare_model_is_one_of_ends_alone(
-    pair: tuple[Any, Any], tmp_path: Path, split_of: Open
+    gpt2: Path, trunkd: Start, split_of: Open, tmp_path: Path
 ) -> None:
-    ours, _ = pair
+    daemon = trunkd("--model", str(gpt2), "--split", "1:3")
+    ours = split_of(gpt2, daemon.address)
     with torch.no_grad():
         next(ours.parameters()).add_(0.1)
-    ours.save_pretrained(tmp_path)
+    ours.save_pretrained(tmp_path / "saved")
     with pytest.raises(ValueError, match="trunkline_ends"):
-        load(tmp_path)  # with random numbers in the trunk's blocks, it would be
-    again = split_of(tmp_path, ours.remote_trunk.session.address)
+        load(tmp_path / "saved")  # with random numbers in the trunk's blocks, it would be
+    again = split_of(tmp_path / "saved", daemon.address)
     ids = next(batches(1))["input_ids"]
     assert torch.equal(again(ids).logits, ours(ids).logits)
+    with pytest.raises(InvalidInputError, match="accepted is generate"):
+        ours.generate_batch([ids[0].tolist()])
 
 
 def test_trainer_with_label_smoothing(pair: tuple[Any, Any], tmp_path: Path) -> None:

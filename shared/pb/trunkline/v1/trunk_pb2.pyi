@@ -74,7 +74,7 @@ class _ErrorCodeEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorCode.V
     ERROR_CODE_UNKNOWN_REQUEST: _ErrorCode.ValueType  # 5
     """No state is held under this request id (never sent, already used, released or expired)."""
     ERROR_CODE_REUSED_REQUEST: _ErrorCode.ValueType  # 6
-    """The request id was used before in this session."""
+    """Another forward is held under the request id."""
     ERROR_CODE_RESOURCE_EXHAUSTED: _ErrorCode.ValueType  # 7
     """A byte budget or a queue is full; retry after retry_after_s."""
     ERROR_CODE_DRAINING: _ErrorCode.ValueType  # 8
@@ -108,7 +108,7 @@ ERROR_CODE_MODEL_MISMATCH: ErrorCode.ValueType  # 4
 ERROR_CODE_UNKNOWN_REQUEST: ErrorCode.ValueType  # 5
 """No state is held under this request id (never sent, already used, released or expired)."""
 ERROR_CODE_REUSED_REQUEST: ErrorCode.ValueType  # 6
-"""The request id was used before in this session."""
+"""Another forward is held under the request id."""
 ERROR_CODE_RESOURCE_EXHAUSTED: ErrorCode.ValueType  # 7
 """A byte budget or a queue is full; retry after retry_after_s."""
 ERROR_CODE_DRAINING: ErrorCode.ValueType  # 8
@@ -707,8 +707,11 @@ class Value(_message.Message):
     NAMES_FIELD_NUMBER: _builtins.int
     REQUIRES_GRAD_FIELD_NUMBER: _builtins.int
     IS_BUFFER_FIELD_NUMBER: _builtins.int
+    ROUNDED_FIELD_NUMBER: _builtins.int
     requires_grad: _builtins.bool
     is_buffer: _builtins.bool
+    rounded: _builtins.bool
+    """Sent in fewer bits than the float32 that it is at the client, and on the trunk again."""
     @_builtins.property
     def names(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Every place where it stands: a tensor that layers share has several."""
@@ -719,10 +722,11 @@ class Value(_message.Message):
         names: _abc.Iterable[_builtins.str] | None = ...,
         requires_grad: _builtins.bool = ...,
         is_buffer: _builtins.bool = ...,
+        rounded: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["is_buffer", b"is_buffer", "names", b"names", "requires_grad", b"requires_grad"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["is_buffer", b"is_buffer", "names", b"names", "requires_grad", b"requires_grad", "rounded", b"rounded"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1123,6 +1127,7 @@ class Backward(_message.Message):
     VALUES_FIELD_NUMBER: _builtins.int
     PAST_FIELD_NUMBER: _builtins.int
     KEEP_GRAPH_FIELD_NUMBER: _builtins.int
+    VALUE_FORMAT_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     need_input_gradient: _builtins.bool
     """False when nothing below the trunk is trainable: no gradient is sent back."""
@@ -1130,6 +1135,8 @@ class Backward(_message.Message):
     """How the answer travels; what is sent says so itself."""
     keep_graph: _builtins.bool
     """Keeps what is held, for another backward through the same graph."""
+    value_format: Global___WireFormat.ValueType
+    """How the values' gradients travel, where they are float32."""
     @_builtins.property
     def values(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """First names of the values whose gradients are answered, as "value/NAME" where there is one."""
@@ -1147,10 +1154,11 @@ class Backward(_message.Message):
         values: _abc.Iterable[_builtins.str] | None = ...,
         past: _abc.Iterable[_builtins.int] | None = ...,
         keep_graph: _builtins.bool = ...,
+        value_format: Global___WireFormat.ValueType = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["answer_format", b"answer_format", "keep_graph", b"keep_graph", "need_input_gradient", b"need_input_gradient", "past", b"past", "request_id", b"request_id", "values", b"values"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["answer_format", b"answer_format", "keep_graph", b"keep_graph", "need_input_gradient", b"need_input_gradient", "past", b"past", "request_id", b"request_id", "value_format", b"value_format", "values", b"values"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
