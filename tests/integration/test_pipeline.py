@@ -9,13 +9,12 @@ from typing import Any
 
 import pytest
 import torch
-from peft import AdaLoraConfig, LoraConfig, PeftModel, PrefixTuningConfig, get_peft_model
-from transformers import AutoModelForCausalLM
+from peft import AdaLoraConfig, LoraConfig, PrefixTuningConfig
 
 from client_service import SplitModelForCausalLM
 from client_service.pipeline import accumulate, cut_batch, model_loss
 from client_service.turns import Turns
-from shared.adapters.wrap import wrap
+from client_service.whole import gradients, largest_difference, trained_weights, whole_twin
 from shared.errors import InvalidInputError, ReusedRequestError
 from tests.conftest import Daemon
 from tests.models import VOCAB, tiny_model
@@ -26,7 +25,8 @@ Start = Callable[..., Daemon]
 
 def lora(**changes: Any) -> LoraConfig:
     targets = ["c_attn", "c_fc", "c_proj"]
-    return LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=targets, **changes)
+    settings = {"r": 4, "target_modules": targets, "fan_in_fan_out": True}
+    return LoraConfig(task_type="CAUSAL_LM", **settings | changes)
 
 
 def batch(seed: int) -> dict[str, torch.Tensor]:
@@ -41,12 +41,12 @@ def batch(seed: int) -> dict[str, torch.Tensor]:
 
 
 def trained(
-    folder: Path, daemon: Daemon, in_flight: int, dropout: float = 0.0, **settings: Any
+    folder: Path, daemon: Daemon, in_flight: int, dropout: float = 0.0
 ) -> tuple[list[float], dict[str, torch.Tensor]]:
     """Three steps of three micro-batches each; losses and the adapter's weights of all parts."""
-    config = settings.pop("peft_config", None) or lora(lora_dropout=dropout)
+    config = lora(lora_dropout=dropout)
     split: Any = SplitModelForCausalLM.from_pretrained(
-        folder, daemon.address, peft_config=config, dropout=dropout, **settings
+        folder, daemon.address, peft_config=config, dropout=dropout, seed=1
     )
     split.train()
     optimizer = torch.optim.AdamW([p for p in split.parameters() if p.requires_grad], lr=1e-2)
@@ -57,10 +57,8 @@ def trained(
         torch.nn.utils.clip_grad_norm_(split.parameters(), 0.3)
         optimizer.step()
         optimizer.zero_grad()
-    weights = {n: p.detach().clone() for n, p in split.named_parameters() if p.requires_grad}
-    weights |= split.remote_trunk.session.adapter()
     split.remote_trunk.close()
-    return losses, weights
+    return losses, trained_weights(split)
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.2])
@@ -70,8 +68,7 @@ def test_overlap_changes_no_bit(dropout: float, trunkd: Start, tiny_gpt2: Path) 
     for in_flight in (2, 3):
         losses, weights = trained(tiny_gpt2, daemon, in_flight, dropout)
         assert losses == alone[0]
-        assert weights.keys() == alone[1].keys()
-        assert all(torch.equal(weights[n], t) for n, t in alone[1].items())
+        assert largest_difference(weights, alone[1]) == 0
 
 
 @pytest.mark.parametrize("method", ["lora", "adalora"])
@@ -80,65 +77,46 @@ def test_micro_batches_are_the_whole_batch(method: str, trunkd: Start, tiny_gpt2
     config: Any = lora()
     if method == "adalora":
         config = AdaLoraConfig(
-            task_type="CAUSAL_LM", init_r=4, target_r=2, total_step=10, target_modules=["c_attn"]
+            task_type="CAUSAL_LM",
+            init_r=4,
+            target_r=2,
+            total_step=10,
+            target_modules=["c_attn"],
+            fan_in_fan_out=True,
         )
     split: Any = SplitModelForCausalLM.from_pretrained(
         tiny_gpt2, daemon.address, peft_config=config
     )
-    whole: Any = wrap(AutoModelForCausalLM.from_pretrained(tiny_gpt2), config, 0, "whole")
-    named = {n.replace(".default", ""): p for n, p in whole.named_parameters() if p.requires_grad}
-    session = split.remote_trunk.session
-    own = {n.replace(".default", ""): p for n, p in split.named_parameters() if p.requires_grad}
-    del own["base_model.model.transformer.h.remote.proxy"]
-    sent = session.adapter()
-    assert named.keys() == own.keys() | sent.keys()
-    with torch.no_grad():
-        for name, tensor in (own | sent).items():
-            named[name].copy_(tensor)
+    whole = whole_twin(tiny_gpt2, split)
     loss = accumulate(split.train(), cut_batch(batch(0), 3), 3)
     expected = model_loss(whole.train(), batch(0))
     expected.backward()
     assert loss == pytest.approx(float(expected.detach()), abs=1e-5)
-    gradients = {n: p.grad for n, p in own.items()} | session.gradients()
-    assert gradients.keys() == named.keys()
-    for name, tensor in gradients.items():
-        torch.testing.assert_close(tensor, named[name].grad, atol=1e-5, rtol=1e-4)
+    found, theirs = gradients(split), gradients(whole)
+    assert found.keys() == theirs.keys()
+    for name, tensor in found.items():
+        torch.testing.assert_close(tensor, theirs[name], atol=1e-5, rtol=1e-4)
     split.remote_trunk.close()
 
 
 @pytest.mark.parametrize("in_flight", [1, 2])
 @pytest.mark.parametrize("projection", [False, True], ids=["prefix", "projected prefix"])
 def test_what_both_ends_share_is_gone_back_through_for_both(
-    projection: bool, in_flight: int, trunkd: Start, tiny_gpt2: Path, tmp_path: Path
+    projection: bool, in_flight: int, trunkd: Start, tiny_gpt2: Path
 ) -> None:
-    """One prefix makes the keys and values of the blocks above and below the trunk."""
+    """One prefix makes the keys and values of all blocks, on both sides."""
     daemon = trunkd("--model", str(tiny_gpt2), "--split", "1:3")
-    torch.manual_seed(0)
-    config = PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
-    whole: Any = get_peft_model(AutoModelForCausalLM.from_pretrained(tiny_gpt2), config)
-    whole.save_pretrained(tmp_path / "fresh")
-    losses = dict[str, list[float]]()
-    settings: dict[str, Any] = {"adapter": tmp_path / "fresh"}
-    if projection:  # the trunk gives what its encoder makes: there is no adapter to begin with
-        config = PrefixTuningConfig(
-            task_type="CAUSAL_LM", num_virtual_tokens=3, prefix_projection=True
-        )
-        settings = {"peft_config": config}
-    for side in ("one by one", "accumulated"):
-        model: Any = SplitModelForCausalLM.from_pretrained(tiny_gpt2, daemon.address, **settings)
-        losses[side] = stepped(model.train(), in_flight if side == "accumulated" else 0)
-        model.save_pretrained(tmp_path / side)
-        model.remote_trunk.close()
-    assert losses["accumulated"] == pytest.approx(losses["one by one"], abs=1e-5)
-    if not projection:
-        assert losses["accumulated"] == pytest.approx(stepped(whole.train(), 0), abs=1e-5)
-    first, second = (
-        PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_gpt2), tmp_path / side)
-        for side in losses
+    config = PrefixTuningConfig(
+        task_type="CAUSAL_LM", num_virtual_tokens=3, prefix_projection=projection
     )
-    trained = dict(first.named_parameters())["prompt_encoder.default.embedding.weight"]
-    other = dict(second.named_parameters())["prompt_encoder.default.embedding.weight"]
-    torch.testing.assert_close(trained, other, atol=1e-4, rtol=0)
+    split: Any = SplitModelForCausalLM.from_pretrained(
+        tiny_gpt2, daemon.address, peft_config=config
+    )
+    whole = whole_twin(tiny_gpt2, split)
+    expected = stepped(whole.train(), 0)
+    assert stepped(split.train(), in_flight) == pytest.approx(expected, abs=1e-5)
+    assert largest_difference(trained_weights(split), trained_weights(whole)) <= 1e-5
+    split.remote_trunk.close()
 
 
 def stepped(model: Any, in_flight: int) -> list[float]:
@@ -162,47 +140,32 @@ def stepped(model: Any, in_flight: int) -> list[float]:
     return losses
 
 
-def test_a_loss_may_read_what_is_below_the_trunk(trunkd: Start, tiny_gpt2: Path) -> None:
-    daemon = trunkd("--model", str(tiny_gpt2), "--split", "1:3")
-
-    def gradients(in_flight: int) -> dict[str, torch.Tensor]:
-        split: Any = SplitModelForCausalLM.from_pretrained(
-            tiny_gpt2, daemon.address, peft_config=lora(init_lora_weights=False)
-        )
-
-        def loss_of(model: Any, piece: Any) -> torch.Tensor:
-            out = model(**piece, use_cache=False, output_hidden_states=True)
-            return out.loss + out.hidden_states[1].square().mean()  # type: ignore[no-any-return]
-
-        piece = cut_batch(batch(0), 1)
-        if in_flight:
-            accumulate(split.train(), piece, in_flight, loss_of)
-        else:
-            loss_of(split.train(), piece[0]).backward()
-        found = {n: p.grad for n, p in split.named_parameters() if p.grad is not None}
-        split.remote_trunk.close()
-        return found
-
-    ordinary, accumulated = gradients(0), gradients(1)
-    assert ordinary.keys() == accumulated.keys()
-    for name, gradient in ordinary.items():
-        torch.testing.assert_close(accumulated[name], gradient, atol=1e-6, rtol=1e-5)
-
-
-def test_zeroed_gradients_are_dropped_once(trunkd: Start, tiny_gpt2: Path) -> None:
-    """All micro-batches but the first would see the proxy without a gradient, too."""
+@pytest.mark.parametrize("in_flight", [1, 2])
+def test_a_loss_may_read_what_is_below_the_trunk(
+    in_flight: int, trunkd: Start, tiny_gpt2: Path
+) -> None:
     daemon = trunkd("--model", str(tiny_gpt2), "--split", "1:3")
     split: Any = SplitModelForCausalLM.from_pretrained(
-        tiny_gpt2, daemon.address, peft_config=lora()
+        tiny_gpt2, daemon.address, peft_config=lora(init_lora_weights=False)
     )
-    split.train()
-    session = split.remote_trunk.session
-    accumulate(split, cut_batch(batch(0), 3), 3)
-    before = session.gradients()
-    split.zero_grad()
-    accumulate(split, cut_batch(batch(0), 3), 3)
-    again = session.gradients()
-    assert all(torch.equal(again[n], t) for n, t in before.items())
+    whole = whole_twin(tiny_gpt2, split)
+    below: dict[str, torch.Tensor] = {}
+
+    def keep(block: Any, args: Any, output: torch.Tensor) -> None:
+        below[threading.current_thread().name] = output
+
+    def loss_of(model: Any, piece: Any) -> torch.Tensor:
+        loss: torch.Tensor = model_loss(model, piece)
+        return loss + below[threading.current_thread().name].square().mean()
+
+    for model in (split, whole):
+        model.get_submodule("base_model.model.transformer.h.0").register_forward_hook(keep)
+    pieces = [cut_batch(batch(seed), 2)[0] for seed in (0, 1)]
+    accumulate(split.train(), pieces, in_flight, loss_of)
+    counts = [int((piece["labels"][:, 1:] != -100).sum()) for piece in pieces]
+    for piece, count in zip(pieces, counts, strict=True):
+        (loss_of(whole.train(), piece) * (count / sum(counts))).backward()
+    assert largest_difference(gradients(split), gradients(whole)) <= 1e-6
     split.remote_trunk.close()
 
 
@@ -239,11 +202,10 @@ def test_a_failure_ends_all_and_leaves_the_session_usable(
     assert not [t.name for t in threading.enumerate() if t.name.startswith("micro-batch")]
     split.zero_grad()
     accumulate(split, cut_batch(batch(0), 3), 3)
-    again = split.remote_trunk.session.gradients()
+    again = gradients(split)
     split.zero_grad()
     accumulate(split, cut_batch(batch(0), 3), 1)
-    alone = split.remote_trunk.session.gradients()
-    assert all(torch.equal(again[n], t) for n, t in alone.items())
+    assert largest_difference(gradients(split), again) == 0
     split.remote_trunk.close()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ def opened(trunkd: Start, tiny_gpt2: Path) -> Callable[..., Any]:
     def open_model(dropout: float = 0.0, **settings: Any) -> Any:
         config = lora(lora_dropout=dropout)
         return SplitModelForCausalLM.from_pretrained(
-            tiny_gpt2, daemon.address, peft_config=config, dropout=dropout, **settings
+            tiny_gpt2, daemon.address, peft_config=config, dropout=dropout, seed=1, **settings
         ).train()
 
     return open_model
@@ -60,9 +61,15 @@ def test_a_lossy_format_stays_close_for_fewer_bytes(
     worst = max(abs(a - b) / b for a, b in zip(found, expected, strict=True))
     assert worst <= apart
     counted = lossy.remote_trunk.session.traffic
-    # Masks, small fields, the adapter's snapshot aside; float32's would be twice as many or more.
-    per_token = (counted.bytes_sent + counted.bytes_received) / (6 * batch(0)["labels"].numel())
-    assert per_token <= bytes_per_token + 40
+    inside = [
+        p for n, p in lossy.named_parameters() if "lora" in n and re.search(r"\.h\.[12]\.", n)
+    ]
+    # What is in the trunk's blocks goes up and its gradients come down, a step, in float32. Masks
+    # and small fields aside; hidden states in float32 would be twice as many or more.
+    adapter = 6 * sum(2 * p.nbytes for p in inside)
+    tokens = 6 * batch(0)["labels"].numel()
+    per_token = (counted.bytes_sent + counted.bytes_received - adapter) / tokens
+    assert 0.9 * bytes_per_token <= per_token <= bytes_per_token + 60
     for model in (exact, lossy):
         model.remote_trunk.close()
 
@@ -82,7 +89,7 @@ def test_the_guard_changes_nothing_until_it_must(pieces: int, opened: Callable[.
     alone = train(opened(**settings), 4, pieces)
     watched = opened(**settings, max_wire_drift=0.5, wire_check_every=2)
     assert train(watched, 4, pieces) == alone
-    guard = watched.remote_trunk.guard
+    guard = watched.wire_guard
     assert len(guard.drifts) == (2 if not pieces else 6)
     assert 0 < max(guard.drifts) < 0.05, "other dropout, or nothing was rounded"
     assert not guard.alarmed
@@ -96,7 +103,7 @@ def test_the_guard_watches_a_model_that_is_trained_in_part(
     """With the top alone the trunk is asked for no gradient, and keeps no graph."""
     model = opened(wire_format="int8", peft_parts=parts, max_wire_drift=0.5, wire_check_every=1)
     train(model, 2)
-    drifts = model.remote_trunk.guard.drifts
+    drifts = model.wire_guard.drifts
     assert len(drifts) == 2 and 0 < max(drifts) < 0.05
     model.remote_trunk.close()
 
@@ -107,7 +114,7 @@ def test_the_guard_goes_back_to_float32(
     model = opened(wire_format="int8", max_wire_drift=1e-9)
     session = model.remote_trunk.session
     train(model, 1)
-    assert model.remote_trunk.guard.alarmed
+    assert model.wire_guard.alarmed
     assert "everything travels in float32" in caplog.text
     before = session.traffic.bytes_sent
     model.zero_grad()
@@ -122,7 +129,7 @@ def test_the_guard_goes_back_to_float32(
 def test_float32_is_exact_and_drifts_by_nothing(opened: Callable[..., Any]) -> None:
     model = opened(max_wire_drift=1e-12, wire_check_every=1)
     train(model, 2)
-    assert model.remote_trunk.guard.drifts == [0.0, 0.0]
+    assert model.wire_guard.drifts == [0.0, 0.0]
     model.remote_trunk.close()
 
 
