@@ -18,16 +18,27 @@ _POLL_S = 0.05
 
 @contextmanager
 def local_trunk(
-    model: str, split: str, timeout_s: float = 120.0, flags: Sequence[str] = ()
+    model: str,
+    split: str,
+    timeout_s: float = 120.0,
+    flags: Sequence[str] = (),
+    module: str = "trunk_service",
 ) -> Iterator[str]:
     """Starts ``python -m trunk_service`` on a free loopback port and yields its address.
+
+    Args:
+        model: Folder or hub id.
+        split: Blocks ``START:END`` of the trunk.
+        timeout_s: How long it may take to serve.
+        flags: Further ones of the daemon.
+        module: Another one to run as the daemon.
 
     Raises:
         TrunkUnavailableError: If the daemon ends or does not serve in time; has what it said.
     """
     with tempfile.TemporaryDirectory() as folder:
         ready, log = Path(folder) / "ready.json", Path(folder) / "log"
-        command = [sys.executable, "-m", "trunk_service", "--model", model, "--split", split]
+        command = [sys.executable, "-m", module, "--model", model, "--split", split]
         # Certificates in the environment are for another trunk than this one.
         command += ["--listen", "127.0.0.1:0", "--insecure", "--ready-file", str(ready)]
         command += flags
