@@ -5,10 +5,8 @@ Dimension letters: B batch, T tokens, S tokens with those in the cache, D model 
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import logging
-from collections.abc import Mapping
 from concurrent.futures import Future
 from typing import Any
 
@@ -19,7 +17,6 @@ from client_service.calls import CacheEdit, ForwardCall, SessionTerms
 from client_service.connection import Answer, Traffic
 from client_service.credentials import Credentials
 from client_service.link import SessionLink
-from client_service.turns import others_compute
 from shared.adapters.state_push import StatePush
 from shared.errors import InvalidInputError, ModelMismatchError
 from shared.failpoints import reach
@@ -163,9 +160,7 @@ class TrunkSession:
         self, sent: Future[Answer], hidden_BTD: torch.Tensor, call: ForwardCall
     ) -> torch.Tensor:
         """Waits for the answer to :meth:`send_forward`; raises what :meth:`forward` raises."""
-        # Other forwards are no stage of a micro-batch: nothing else computes meanwhile.
-        with others_compute() if call.keep_graph else contextlib.nullcontext():
-            answer = self._link.wait(sent)
+        answer = self._link.wait(sent)
         reach("client.forward.after")
         return answer.tensors["hidden_states"].to(hidden_BTD.device, hidden_BTD.dtype)
 
@@ -207,7 +202,7 @@ class TrunkSession:
             value_format=from_format(self.terms.adapter_format),
         )
         tensors = {"gradient": pack(gradient_BTD, self.gradient_format, is_gradient=True)}
-        answer = self._ask_in_turn(pb.SessionRequest(backward=body), tensors)
+        answer = self._link.ask(pb.SessionRequest(backward=body), tensors)
         reach("client.backward.after")
         found = answer.tensors.pop("gradient", None)
         if found is not None:
@@ -248,12 +243,6 @@ class TrunkSession:
     def close(self) -> None:
         """Ends the session; the trunk frees what it held."""
         self._link.close()
-
-    def _ask_in_turn(self, message: pb.SessionRequest, tensors: Mapping[str, Packed]) -> Answer:
-        """Asks; other micro-batches compute while this one waits."""
-        sent = self._link.send(message, tensors)
-        with others_compute():
-            return self._link.wait(sent)
 
     def _check(self, address: str, info: pb.GetInfoResponse) -> None:
         _tell(check_versions(library_versions(), info.library_versions))

@@ -13,7 +13,7 @@ import threading
 import uuid
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -22,6 +22,7 @@ import torch
 from client_service.calls import ForwardCall
 from client_service.sent_state import SentState, same_numbers
 from client_service.session import TrunkSession
+from client_service.turns import others_compute
 from shared.adapters.state_push import StatePush
 from shared.adapters.structure import Structure, Value
 from shared.errors import (
@@ -160,12 +161,13 @@ class TrunkFunction:
     ) -> tuple[torch.Tensor | None, dict[str, torch.Tensor], dict[int, torch.Tensor]]:
         """Carries a gradient back; computes the forward again if the trunk has lost it."""
         arguments = (computed.call.request_id, need_input_gradient, values, past, keep_graph)
-        for _ in range(_ATTEMPTS):
-            try:
-                return self.session.backward(gradient_BTD, *arguments)
-            except UnknownRequestError:
-                self._compute_again([computed])
-        return self.session.backward(gradient_BTD, *arguments)
+        with others_compute():
+            for _ in range(_ATTEMPTS):
+                try:
+                    return self.session.backward(gradient_BTD, *arguments)
+                except UnknownRequestError:
+                    self._compute_again([computed])
+            return self.session.backward(gradient_BTD, *arguments)
 
     def release(self, request_id: str = "", cache_id: str = "") -> None:
         """Notes state that will not be asked for again; the next call tells the trunk.
@@ -261,18 +263,20 @@ class TrunkFunction:
     ) -> torch.Tensor:
         """Asks with what has changed, then with everything, if the trunk has something else."""
         hidden_BTD = hidden_BTD.detach()
-        for last in range(1 - _ATTEMPTS, 1):
-            version = 0
-            try:
-                with self._lock:  # what is pushed is sent before whoever builds on it
-                    version, pushed = push()
-                    asked = replace(call, state_version=version, push=pushed)
-                    sent = self.session.send_forward(hidden_BTD, asked)
-                return self.session.finish_forward(sent, hidden_BTD, asked)
-            except BaseException as error:
-                self._forget(version)
-                if not isinstance(error, StaleStateError) or last == 0:
-                    raise
+        # Other forwards are no stage of a micro-batch: nothing else computes meanwhile.
+        with others_compute() if call.keep_graph else nullcontext():
+            for last in range(1 - _ATTEMPTS, 1):
+                version = 0
+                try:
+                    with self._lock:  # what is pushed is sent before whoever builds on it
+                        version, pushed = push()
+                        asked = replace(call, state_version=version, push=pushed)
+                        sent = self.session.send_forward(hidden_BTD, asked)
+                    return self.session.finish_forward(sent, hidden_BTD, asked)
+                except BaseException as error:
+                    self._forget(version)
+                    if not isinstance(error, StaleStateError) or last == 0:
+                        raise
         raise AssertionError("unreachable")
 
     def _forget(self, version: int) -> None:

@@ -139,13 +139,18 @@ def in_turn(turn: Turn) -> Iterator[None]:
 
 @contextmanager
 def others_compute() -> Iterator[None]:
-    """Lets the other micro-batches compute while this thread waits; nothing outside of a turn."""
+    """Lets the other micro-batches compute while this thread waits; nothing outside of a turn.
+
+    A wait within a wait is part of it: whatever is asked again meanwhile, one stage has ended.
+    """
     turn = current_turn()
     if turn is None:
         yield
         return
     turn.turns.give(turn.micro)
+    _here.turn = None
     try:
         yield
     finally:
         turn.turns.take(turn.micro)
+        _here.turn = turn
