@@ -16,17 +16,16 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from peft import LoraConfig
 
 from client_service.calls import ForwardCall, SessionTerms
-from client_service.optimizer_spec import adamw
 from client_service.session import TrunkSession
-from shared.adapters.config import config_to_json
 from shared.errors import DrainingError, TrunkUnavailableError, UnknownRequestError
+from tests.by_hand import ByHand
 from tests.conftest import Daemon, start_daemon
 from tests.models import save_tiny_model
 from tests.patience import PATIENCE_S
 
 HIDDEN = torch.randn(2, 6, 128, generator=torch.Generator().manual_seed(0))
 HELD = ForwardCall(request_id="a", keep_graph=True, training=True)
-LORA = config_to_json(LoraConfig(r=4, target_modules=["c_attn"]))
+LORA = LoraConfig(r=4, target_modules=["c_attn"], fan_in_fan_out=True)
 DRAIN_TIMEOUT_S = str(4 * PATIENCE_S)  # who drains as long is found hanging before
 
 
@@ -65,30 +64,21 @@ def test_the_ready_file_says_what_is_served(bundled_trunk: Daemon) -> None:
     session.close()
 
 
-def test_draining_lets_an_open_step_finish_and_takes_nothing_new(tmp_path: Path) -> None:
+def test_draining_lets_open_forwards_finish_and_takes_nothing_new(tmp_path: Path) -> None:
     daemon = start_daemon(tmp_path, "--drain-timeout-s", DRAIN_TIMEOUT_S, forked=False)
-    terms = SessionTerms(peft_config_json=LORA)
-    session = TrunkSession(daemon.address, terms, reconnect_timeout_s=0)
-    session.forward(HIDDEN, HELD)
+    session = TrunkSession(daemon.address, SessionTerms(), reconnect_timeout_s=0)
+    for name in "ab":
+        session.forward(HIDDEN, ForwardCall(request_id=name, keep_graph=True))
     drain(daemon)
     check_health(daemon)
     with pytest.raises(DrainingError, match="no new forward"):
         session.forward(HIDDEN, ForwardCall())
     with pytest.raises(TrunkUnavailableError):
         TrunkSession(daemon.address, SessionTerms())
-    _, norm = session.backward(HIDDEN, "a")
-    assert norm > 0
-    assert session.step(1, 1.0, adamw(0.1)) == norm
-    assert daemon.process.wait(timeout=PATIENCE_S) == 0
-    session.close()
-
-
-def test_a_frozen_session_holds_up_no_draining(tmp_path: Path) -> None:
-    daemon = start_daemon(tmp_path, "--drain-timeout-s", DRAIN_TIMEOUT_S, forked=False)
-    session = TrunkSession(daemon.address, SessionTerms())
-    session.forward(HIDDEN, HELD)
-    session.backward(HIDDEN, "a")  # its last: a frozen trunk is never stepped
-    drain(daemon)
+    session.release(["a"], [])
+    check_health(daemon)
+    given, _, _ = session.backward(HIDDEN, "b", True, [], [], False)
+    assert given is not None and given.abs().max() > 0
     try:
         assert daemon.process.wait(timeout=PATIENCE_S) == 0
     finally:
@@ -104,8 +94,8 @@ def test_a_forward_without_a_backward_expires(trunkd: Callable[..., Daemon]) -> 
     while "held state expired" not in daemon.log():
         watcher.forward(HIDDEN, ForwardCall())
     with pytest.raises(UnknownRequestError, match="expired"):
-        session.backward(HIDDEN, "a")
-    found, expected = (s.forward(HIDDEN, ForwardCall()).hidden_BTD for s in (session, watcher))
+        session.backward(HIDDEN, "a", True, [], [], False)
+    found, expected = (s.forward(HIDDEN, ForwardCall()) for s in (session, watcher))
     assert torch.equal(found, expected)
     session.close()
     watcher.close()
@@ -161,17 +151,20 @@ def test_a_model_it_cannot_serve_is_named(harm: str, said: str, tmp_path: Path) 
 
 def test_logs_are_json_lines_without_values(tmp_path: Path) -> None:
     daemon = start_daemon(tmp_path, "--log-level", "debug")
-    session = TrunkSession(daemon.address, SessionTerms(peft_config_json=LORA))
+    tenant = ByHand(daemon.address, LORA)
     marked = torch.full((1, 2, 128), 1234.5)
-    session.forward(marked, ForwardCall(request_id="mine", keep_graph=True, training=True))
+    with torch.no_grad():
+        tenant.client.parameters()[0].fill_(1234.5)
+    tenant.client.compute(marked)
+    tenant.forward(marked, request_id="mine", keep_graph=True, training=True)
     with pytest.raises(UnknownRequestError):
-        session.backward(marked, "another")
-    session.backward(marked, "mine")
-    session.close()
+        tenant.backward(marked, "another")
+    tenant.backward(marked, "mine")
+    tenant.close()
     daemon.process.terminate()
     assert daemon.process.wait(timeout=PATIENCE_S) == 0
     entries = [json.loads(line) for line in daemon.log().splitlines()]
     assert all({"time", "level", "logger", "message"} <= entry.keys() for entry in entries)
     refused = next(entry for entry in entries if "refused" in entry["message"])
-    assert (refused["session"], refused["request"]) == (session.session_id, "another")
+    assert (refused["session"], refused["request"]) == (tenant.session.session_id, "another")
     assert "1234.5" not in daemon.log() and "tensor(" not in daemon.log()

@@ -12,7 +12,7 @@ import torch
 from client_service import SplitModelForCausalLM
 from client_service.calls import SessionTerms
 from client_service.session import TrunkSession
-from shared.adapters.config import config_to_json
+from client_service.whole import trained_weights
 from shared.errors import InvalidInputError
 from shared.pb.trunkline.v1 import trunk_pb2 as pb
 from tests.conftest import Daemon
@@ -26,9 +26,9 @@ SMALL = ("--session-held-bytes", str(40 * GRAPH))
 
 
 def run(folder: Path, daemon: Daemon, dropout: float) -> tuple[list[Any], set[int]]:
-    """Four steps; losses, the adapter, and how the trunk held the forwards."""
+    """Four steps; losses, the weights, and how the trunk held the forwards."""
     split: Any = SplitModelForCausalLM.from_pretrained(
-        folder, daemon.address, peft_config=lora(lora_dropout=dropout), dropout=dropout
+        folder, daemon.address, peft_config=lora(lora_dropout=dropout), seed=1, dropout=dropout
     )
     session = split.train().remote_trunk.session
     modes: set[int] = set()
@@ -50,7 +50,7 @@ def run(folder: Path, daemon: Daemon, dropout: float) -> tuple[list[Any], set[in
         optimizer.step()
         optimizer.zero_grad()
         found.append(float(loss.detach()))
-    found += [t for _, t in sorted(session.adapter().items())]
+    found += trained_weights(split).values()
     split.remote_trunk.close()
     return found, modes
 
@@ -83,8 +83,7 @@ def test_a_spent_offload_budget_recomputes_and_is_given_back(
     rest.mkdir()
     flags = ("--offload-bytes", "20000000", "--offload-dir", str(rest))
     daemon = trunkd("--model", str(tiny_gpt2), "--split", "1:9", *SMALL, *flags)
-    terms = SessionTerms(peft_config_json=config_to_json(lora()))
-    session = TrunkSession(daemon.address, terms)
+    session = TrunkSession(daemon.address, SessionTerms())
     hidden = torch.randn(6, 20, 64)
 
     def forward(name: str) -> int:
@@ -97,7 +96,7 @@ def test_a_spent_offload_budget_recomputes_and_is_given_back(
         modes.append(forward(f"{len(modes)}"))
     assert 2 <= len(modes) <= 10 and modes[-1] == pb.HELD_MODE_RECOMPUTED
     last = f"{len(modes) - 1}"
-    first, second = (session.backward(hidden, name)[0] for name in ("0", last))
+    first, second = (session.backward(hidden, name, True, [], [], False)[0] for name in ("0", last))
     assert first is not None and second is not None and torch.equal(first, second)
     assert forward("after a backward") == pb.HELD_MODE_OFFLOADED
     assert forward("full again") == pb.HELD_MODE_RECOMPUTED
