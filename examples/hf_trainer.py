@@ -38,7 +38,7 @@ trainer = Trainer(
         lr_scheduler_type="linear",
         max_grad_norm=1.0,
         logging_steps=1,
-        save_steps=25,  # every checkpoint is a standard adapter, with both sides' optimizers
+        save_steps=25,  # every checkpoint is a standard adapter and its optimizer
         report_to=[],
     ),
     train_dataset=dataset,

@@ -36,8 +36,8 @@ for step, input_ids in zip(
 ):
     loss = model(input_ids=input_ids, labels=input_ids, use_cache=False).loss
     loss.backward()  # through the trunk and back
-    norm = torch.nn.utils.clip_grad_norm_(trainable, 1.0)  # of all gradients, the trunk's too
-    optimizer.step()  # on both sides
+    norm = torch.nn.utils.clip_grad_norm_(trainable, 1.0)  # of all blocks, the trunk's too
+    optimizer.step()
     schedule.step()
     optimizer.zero_grad()
     print(f"step {step}: loss {loss.item():.4f}, gradient norm {norm.item():.3f}")

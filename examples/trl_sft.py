@@ -25,7 +25,7 @@ lines = [line for text in read_texts(args.data) for line in text.splitlines() if
 model = SplitModelForCausalLM.from_pretrained(
     args.model,
     args.trunk,
-    # Here, not to the trainer: that would wrap the ends alone.
+    # Or to the trainer; here it is checked before the data is prepared.
     peft_config=LoraConfig(task_type="CAUSAL_LM", r=8, target_modules="all-linear"),
 )
 trainer = SFTTrainer(
@@ -36,7 +36,7 @@ trainer = SFTTrainer(
         per_device_train_batch_size=2,
         max_length=128,
         packing=True,  # texts do not see each other: both sides mask by position ids
-        bf16=False,  # trl's default; it would round what the ends compute and not the trunk
+        bf16=False,  # trl's default would round on both sides
         learning_rate=1e-3,
         logging_steps=1,
         save_steps=25,
