@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from benchmarks import decoding, device, links, loss, memory, step, tenants, wire
+from benchmarks import cost, decoding, device, links, loss, memory, step, tenants, wire
 from benchmarks.report import Section
 
 LOG = logging.getLogger("benchmarks")
@@ -30,6 +30,7 @@ ORDER = (
     "step",
     "faster",
     "installed",
+    "cost",
     "wire",
     "loss",
     "links",
@@ -77,6 +78,7 @@ def _runs(given: argparse.Namespace) -> dict[str, Callable[[], list[Section]]]:
         "step": lambda: step.measure(peers, 5 if quick else 15),
         "faster": lambda: step.measure_faster(5 if quick else 15),
         "installed": lambda: step.measure_installed(5 if quick else 15),
+        "cost": lambda: cost.measure(quick),
         "wire": lambda: wire.measure(quick),
         "loss": lambda: loss.measure(quick, given.e2e),
         "links": lambda: links.measure(quick),

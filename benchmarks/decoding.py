@@ -30,17 +30,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import GPT2LMHeadModel
+from transformers import DynamicCache, GPT2LMHeadModel
 
-from benchmarks.gpt2_small import SPLIT, VOCABULARY, WIDTH, gpt2_small, lora
+from benchmarks.gpt2_small import SPLIT, VOCABULARY, WIDTH, adapted, gpt2_small, lora
 from benchmarks.processes import cpu_seconds
 from benchmarks.report import Claim, Row, Section, Spread
-from client_service.calls import ForwardCall, SessionTerms
 from client_service.local_trunk import local_trunk
-from client_service.session import TrunkSession
 from client_service.split_model import SplitModelForCausalLM
-from shared.adapters.config import config_to_json
-from shared.adapters.wrap import wrap
+from client_service.training_client import TrainingClient
 from shared.models.onednn import use_onednn
 from shared.models.single_row import spread_single_rows
 
@@ -121,11 +118,11 @@ def _ends(folder: Path, address: str, tokens: int, kind: str) -> Iterator[Tokens
     plain = GPT2LMHeadModel.from_pretrained(folder)
     if kind:
         use_onednn(plain, plain.dtype, plain.device)
-    models = {WHOLE: wrap(plain, lora(), 0, "whole").eval()}
+    models = {WHOLE: adapted(plain).eval()}
     if not kind:
         same_head = GPT2LMHeadModel.from_pretrained(folder)
         spread_single_rows(same_head)
-        models[WHOLE_SPREAD] = wrap(same_head, lora(), 0, "whole").eval()
+        models[WHOLE_SPREAD] = adapted(same_head).eval()
     split = SplitModelForCausalLM.from_pretrained(
         folder, address, peft_config=lora(), onednn=bool(kind)
     ).eval()
@@ -166,14 +163,15 @@ def _generate(model: Any, rows: int, tokens: int) -> Figure:
 
 def _trunk_figures(stack: ExitStack, plain: str, batched: str, tokens: int, kind: str) -> Tokens:
     figures: dict[str, tuple[int, Figure]] = {}
-    for adapter, config_json in (("LoRA", config_to_json(lora())), ("frozen", "")):
+    for adapter, config in (("LoRA", lora()), ("frozen", None)):
         for how, address in (("each alone", plain), ("batched", batched)):
-            terms = [SessionTerms(peft_config_json=config_json, seed=i) for i in range(STREAMS)]
-            sessions = [stack.enter_context(closing(TrunkSession(address, t))) for t in terms]
+            clients = [TrainingClient(address, config, seed=i) for i in range(STREAMS)]
+            for client in clients:
+                stack.enter_context(client).model.eval()
             for count in (1, STREAMS):
                 if how == "each alone" or count > 1:
                     name = _stream_name(adapter + kind, count, how)
-                    figures[name] = count * tokens, _streams(sessions[:count], tokens)
+                    figures[name] = count * tokens, _streams(clients[:count], tokens)
     return figures
 
 
@@ -181,48 +179,49 @@ def _stream_name(kind: str, count: int, how: str) -> str:
     return f"{kind}, {count} stream{'s' * (count > 1)}, {how}"
 
 
-def _streams(sessions: Sequence[TrunkSession], tokens: int) -> Figure:
-    """Tokens per second of all sessions, prompts not counted, their ends not computed."""
+def _streams(clients: Sequence[TrainingClient], tokens: int) -> Figure:
+    """Tokens per second of all clients, prompts not counted, their ends not computed."""
 
     def run() -> float:
-        start, end = threading.Barrier(len(sessions) + 1), threading.Barrier(len(sessions) + 1)
-        with ThreadPoolExecutor(len(sessions)) as pool:
-            done = [pool.submit(_stream, s, tokens, start, end) for s in sessions]
+        start, end = threading.Barrier(len(clients) + 1), threading.Barrier(len(clients) + 1)
+        with ThreadPoolExecutor(len(clients)) as pool:
+            done = [pool.submit(_stream, c, tokens, start, end) for c in clients]
             start.wait()
             started = time.perf_counter()
             end.wait()
             seconds = time.perf_counter() - started
             for one in done:
                 one.result()
-        return len(sessions) * tokens / seconds
+        return len(clients) * tokens / seconds
 
     return run
 
 
+@torch.no_grad()
 def _stream(
-    session: TrunkSession, tokens: int, start: threading.Barrier, end: threading.Barrier
+    client: TrainingClient, tokens: int, start: threading.Barrier, end: threading.Barrier
 ) -> None:
-    cache_id = f"stream{time.monotonic_ns()}"
+    cache = DynamicCache()
     try:
         total = PROMPT
-        _send(session, PROMPT, total, cache_id)
+        _send(client, PROMPT, total, cache)
         start.wait()
         for _ in range(tokens):
             total += 1
-            _send(session, 1, total, cache_id)
+            _send(client, 1, total, cache)
         end.wait()
     except BaseException:
         start.abort()
         end.abort()
         raise
-    session.release([], [cache_id])
 
 
-def _send(session: TrunkSession, new: int, total: int, cache_id: str) -> None:
+def _send(client: TrainingClient, new: int, total: int, cache: DynamicCache) -> None:
     """What a ``generate`` sends: new tokens, the whole mask, and positions."""
-    mask = torch.ones(1, total, dtype=torch.bool)
+    passage = client.model.passage
+    passage.remember(torch.ones(1, total, dtype=torch.bool))
     positions = torch.arange(total - new, total)[None]
-    session.forward(torch.randn(1, new, WIDTH), ForwardCall(mask, positions, cache_id=cache_id))
+    passage.through(torch.randn(1, new, WIDTH), positions, cache, False)
 
 
 def _clients(folder: Path, address: str, tokens: int) -> float:

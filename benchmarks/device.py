@@ -20,15 +20,14 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM
 
-from benchmarks.gpt2_small import SPLIT, VOCABULARY, WIDTH, gpt2_small, lora
+from benchmarks.gpt2_small import SPLIT, VOCABULARY, WIDTH, adapted, gpt2_small, lora
 from benchmarks.memory import step_seconds
 from benchmarks.peers.driving import adamw
 from benchmarks.processes import MIB
 from benchmarks.report import Claim, Row, Section, Spread, run_alone
 from client_service.local_trunk import local_trunk
 from client_service.split_model import SplitModelForCausalLM
-from shared.adapters.weights import adapter_weights, load_adapter_weights
-from shared.adapters.wrap import wrap
+from client_service.whole import largest_difference, trained_weights
 from trunk_service.transfer import to_device, to_host
 
 LOG = logging.getLogger("benchmarks")
@@ -83,14 +82,11 @@ def pair(
     name = str(dtype).removeprefix("torch.")
     with local_trunk(str(folder), SPLIT, flags=(*TRUNK, "--dtype", name)) as address:
         split: Any = SplitModelForCausalLM.from_pretrained(
-            folder, address, peft_config=lora(), dtype=dtype, wire_format=name
+            folder, address, peft_config=lora(), seed=0, dtype=dtype, wire_format=name
         )
         plain = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
-        wrapped: Any = wrap(plain, lora(), 0, "whole")
-        own = {n: t for n, t in adapter_weights(split).items() if "remote" not in n}
-        load_adapter_weights(wrapped, own | split.remote_trunk.session.adapter())
         try:
-            yield Model(wrapped, whole), Model(split, client)
+            yield Model(adapted(plain), whole), Model(split, client)
         finally:
             split.remote_trunk.close()
 
@@ -154,9 +150,8 @@ def _row(
 
 
 def _exact(shape: tuple[int, int], whole: Model, split: Model) -> list[Claim]:
-    found = adapter_weights(split.model) | split.model.remote_trunk.session.adapter()
-    expected = adapter_weights(whole.model)
-    worst = max(float((found[n].cpu() - t.cpu()).abs().max()) for n, t in expected.items())
+    found, expected = trained_weights(split.model), trained_weights(whole.model)
+    worst = largest_difference(found, expected)
     which = f"float32, {shape[0]}x{shape[1]}, {len(whole.losses)} steps"
     return [
         Claim(f"{which}: largest loss difference", _loss_difference(whole, split), LOSS_BOUND),

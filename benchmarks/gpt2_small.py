@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
-from peft import LoraConfig
+from peft import LoraConfig, get_peft_model
 from transformers import GPT2Config, GPT2LMHeadModel
 
 SPLIT = "2:10"
@@ -27,3 +28,10 @@ def lora() -> LoraConfig:
     return LoraConfig(
         task_type="CAUSAL_LM", r=8, lora_alpha=16, target_modules=["c_attn", "c_fc", "c_proj"]
     )
+
+
+def adapted(model: Any) -> Any:
+    """A model with that adapter, drawn under seed 0."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return get_peft_model(model, lora())

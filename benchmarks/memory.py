@@ -7,7 +7,9 @@ give freed memory back; what the trunk itself accounts for stands beside it.
 from __future__ import annotations
 
 import logging
+import os
 import re
+import signal
 import socket
 import tempfile
 import time
@@ -22,22 +24,23 @@ import psutil
 import torch
 
 from benchmarks.gpt2_small import LAYERS_ON_TRUNK, SPLIT, WIDTH, gpt2_small, lora
+from benchmarks.peers.driving import adamw
 from benchmarks.processes import MIB, trunk_processes
 from benchmarks.report import Claim, Row, Section, run_alone
 from client_service.local_trunk import local_trunk
-from client_service.optimizer_spec import OptimizerSettings
 from client_service.training_client import TrainingClient
 from trunk_service.settings import TrunkSettings
 
 LOG = logging.getLogger("memory")
 
 BATCH, TOKENS = 4, 128
-TENANTS = (1, 2, 4, 8, 16, 32)
+TENANTS = (1, 2, 4, 8, 16, 32, 64)
 STEPS_EACH, STEP_PAIRS, ROUNDS = 2, 7, 5
 HELD = {"retained": (1, 4)}
 MANY_HELD = (4, 16)
-ADAMW = OptimizerSettings("adamw", {"lr": 1e-4})
 LEFT_MIB = 20.0
+TENSORS_BOUND, RESIDENT_MB = 1.1, 2.5
+"""Tensors of one more tenant, of its adapter; resident memory beyond it."""
 RETURN_AFTER_S = "1"  # 30 by default; what goes back is the same
 IDLE_S = 3.5
 KIB = 1024
@@ -50,11 +53,22 @@ class Daemon:
     address: str
     process: psutil.Process
     metrics: str
+    counted: Path
+    """Where it writes what it counts."""
 
     def rss(self) -> int:
         """Resident bytes once it was idle for long enough to give freed memory back."""
         time.sleep(IDLE_S)
         return int(self.process.memory_info().rss)
+
+    def tensor_bytes(self) -> int:
+        """Bytes of all tensors that are alive in it."""
+        self.counted.unlink(missing_ok=True)
+        self.process.send_signal(signal.SIGUSR1)
+        while not self.counted.exists():
+            self.process.status()  # raises once it has ended
+            time.sleep(0.05)
+        return int(self.counted.read_text(encoding="utf-8"))
 
     def accounted(self) -> float:
         """Bytes that the trunk says are held for backward."""
@@ -72,67 +86,77 @@ def daemon(model: str, *flags: str) -> Iterator[Daemon]:
         metrics = f"127.0.0.1:{free.getsockname()[1]}"
     before = {process.pid for process in trunk_processes()}
     flags = ("--metrics", metrics, "--return-memory-after-s", RETURN_AFTER_S, *flags)
-    with local_trunk(model, SPLIT, flags=flags) as address:
-        process = next(p for p in trunk_processes() if p.pid not in before)
-        yield Daemon(address, process, metrics)
+    with tempfile.TemporaryDirectory() as scratch:
+        counted = Path(scratch) / "counted"
+        os.environ["COUNTED_BYTES"] = str(counted)
+        module = "benchmarks.counted_trunk_service"
+        with local_trunk(model, SPLIT, flags=flags, module=module) as address:
+            process = next(p for p in trunk_processes() if p.pid not in before)
+            yield Daemon(address, process, metrics, counted)
 
 
-def step(client: TrainingClient, batch: int = BATCH) -> float:
-    """One step on random hidden states; returns its seconds."""
-    hidden_BTD = torch.randn(batch, TOKENS, WIDTH)
-    started = time.perf_counter()
-    client.forward(hidden_BTD)
-    client.backward(torch.randn_like(hidden_BTD) / hidden_BTD.numel())
-    client.step(ADAMW)
-    return time.perf_counter() - started
+class Trainee:
+    """A client that trains its adapter of the trunk's blocks."""
+
+    def __init__(self, client: TrainingClient) -> None:
+        self.client = client
+        self._optimizer = adamw(client.parameters())
+
+    def step(self, batch: int = BATCH) -> float:
+        """One step on random hidden states; returns its seconds."""
+        hidden_BTD = torch.randn(batch, TOKENS, WIDTH)
+        started = time.perf_counter()
+        self.client.forward(hidden_BTD)
+        self.client.backward(torch.randn_like(hidden_BTD) / hidden_BTD.numel())
+        self._optimizer.step()
+        self._optimizer.zero_grad()
+        return time.perf_counter() - started
 
 
 def tenants(model: str, counts: tuple[int, ...]) -> Section:
-    """Resident memory with more and more tenants that have trained and are idle."""
-    section = Section("memory_tenants", "Memory of one more tenant")
+    """Memory with more and more tenants that have trained and are idle."""
+    section = Section("memory_tenants", "Memory of one more tenant on the trunk")
     rss: dict[int, int] = {}
+    tensors: dict[int, int] = {}
     with daemon(model) as trunk, ExitStack() as clients:
-        alone = trunk.rss()
+        alone, own = trunk.rss(), trunk.tensor_bytes()
         for number in range(1, counts[-1] + 1):
             client = TrainingClient(trunk.address, lora(), seed=number)
-            clients.enter_context(client)
+            trainee = Trainee(clients.enter_context(client))
             for _ in range(STEPS_EACH):
-                step(client, batch=1)
+                trainee.step(batch=1)
             if number in counts:
-                rss[number] = trunk.rss()
-        needed = _adapter_bytes(client) + _optimizer_bytes(client)
+                rss[number], tensors[number] = trunk.rss(), trunk.tensor_bytes()
+        adapter = sum(p.nbytes for p in client.parameters())
     for number, found in rss.items():
         section.rows.append(
             {
                 "tenants": number,
-                "resident MiB": found / MIB,
-                "beyond none, MiB": (found - alone) / MIB,
-                "adapters and optimizers, MiB": number * needed / MIB,
+                "resident MB": found / 1e6,
+                "beyond none, MB": (found - alone) / 1e6,
+                "tensors beyond none, MB": (tensors[number] - own) / 1e6,
+                "adapters, MB": number * adapter / 1e6,
             }
         )
     first, last = counts[0], counts[-1]
-    added = (rss[last] - rss[first]) / (last - first)
-    text = f"one more tenant ({added / MIB:.2f} MiB), of its adapter and optimizer"
+    added, of_tensors = ((found[last] - found[first]) / (last - first) for found in (rss, tensors))
+    slope, of = f"one more tenant, from {first} to {last}", f"adapter, {adapter / 1e6:.2f} MB"
     weights = LAYERS_ON_TRUNK * 12 * WIDTH**2 * 4
     section.claims = [
-        Claim(f"{text} ({needed / MIB:.2f} MiB)", added / needed, 1.3),
-        Claim(f"{last} tenants, of as many copies of the weights", added / (weights + needed), 0.1),
+        Claim(f"{slope}: tensors, of its {of}", of_tensors / adapter, TENSORS_BOUND),
+        Claim(f"{slope}: resident MB beyond its {of}", (added - adapter) / 1e6, RESIDENT_MB),
+        Claim(f"{last} tenants, of as many copies of the weights", added / (weights + added), 0.1),
     ]
-    section.notes = [f"LoRA r=8, AdamW, {STEPS_EACH} steps of 1x{TOKENS} tokens each, then idle."]
+    section.notes = [
+        f"LoRA r=8, {STEPS_EACH} steps of 1x{TOKENS} tokens each, then idle; the optimizer is the "
+        "client's. Tensors: all that Python reaches in the daemon, shared memory once."
+    ]
     return section
-
-
-def _adapter_bytes(client: TrainingClient) -> int:
-    return sum(t.nbytes for t in client.session.adapter().values())
-
-
-def _optimizer_bytes(client: TrainingClient) -> int:
-    return sum(t.nbytes for t in client.session.optimizer_state().values())
 
 
 def modes(scratch: Path) -> dict[str, tuple[str, ...]]:
     """The flags that make a trunk hold forwards in each of its ways."""
-    # The gradients of a few micro-batches and their boundaries fit, a graph does not.
+    # The adapter and a few boundaries fit, a graph does not.
     small = ("--session-held-bytes", str(64 * MIB))
     found = {"retained": (), "recomputed": small}
     if "offload_dir" in TrunkSettings.model_fields:
@@ -151,23 +175,22 @@ def held(model: str, flags: tuple[str, ...], counts: tuple[int, int]) -> dict[st
             takes once, however many it holds, is not divided among them.
     """
     with daemon(model, *flags) as trunk, TrainingClient(trunk.address, lora()) as client:
+        trainee = Trainee(client)
         for _ in range(2):
-            step(client)
+            trainee.step()
         before = trunk.rss()
-        hidden_BTD = torch.randn(BATCH, TOKENS, WIDTH)
-        resident, accounted = [], []
+        resident, accounted, outputs = [], [], []
         for number in range(1, counts[-1] + 1):
-            client.forward(hidden_BTD, request_id=f"held-{number}")
+            outputs.append(hold(client))
             if number in counts:
                 resident.append(trunk.rss())
                 accounted.append(trunk.accounted())
-        names = [f"held-{n}" for n in range(1, counts[1] + 1)]
-        left = [_left(trunk, client, names) - before]
-        for number in range(1, ROUNDS):
-            names = [f"round-{number}-{n}" for n in range(1, counts[1] + 1)]
-            for name in names:
-                client.forward(hidden_BTD, request_id=name)
-            left.append(_left(trunk, client, names) - before)
+        outputs.clear()
+        left = [_left(trunk, trainee) - before]
+        for _ in range(1, ROUNDS):
+            outputs = [hold(client) for _ in range(counts[1])]
+            outputs.clear()
+            left.append(_left(trunk, trainee) - before)
     tokens = (counts[1] - counts[0]) * BATCH * TOKENS
     return {
         "resident": (resident[1] - resident[0]) / tokens,
@@ -177,12 +200,20 @@ def held(model: str, flags: tuple[str, ...], counts: tuple[int, int]) -> dict[st
     }
 
 
-def _left(trunk: Daemon, client: TrainingClient, names: list[str]) -> int:
-    """Resident bytes after releasing forwards and two steps."""
-    client.session.release(names, [])
-    client.compute(torch.zeros(BATCH, 1, WIDTH))  # answered after the release
+def hold(client: TrainingClient) -> torch.Tensor:
+    """A forward [B, T, D] whose graph the trunk holds for as long as the result is there."""
+    passage = client.model.passage
+    passage.remember(None)
+    output: torch.Tensor = passage.through(
+        torch.randn(BATCH, TOKENS, WIDTH, requires_grad=True), None, None, True
+    )
+    return output
+
+
+def _left(trunk: Daemon, trainee: Trainee) -> int:
+    """Resident bytes after two steps, the first of which tells the trunk what was dropped."""
     for _ in range(2):  # a backward's memory goes back as well
-        step(client)
+        trainee.step()
     return trunk.rss()
 
 
@@ -190,14 +221,15 @@ def step_seconds(model: str, kinds: dict[str, tuple[str, ...]], pairs: int) -> d
     """Median seconds of a step in each mode, the modes in turn."""
     taken: dict[str, list[float]] = {name: [] for name in kinds}
     with ExitStack() as stack:
-        clients = {}
+        trainees: dict[str, Trainee] = {}
         for name, flags in kinds.items():
             trunk = stack.enter_context(daemon(model, *flags))
-            clients[name] = stack.enter_context(TrainingClient(trunk.address, lora()))
-            step(clients[name])
+            client = stack.enter_context(TrainingClient(trunk.address, lora()))
+            trainees[name] = Trainee(client)
+            trainees[name].step()
         for _ in range(pairs):
-            for name, client in clients.items():
-                taken[name].append(step(client))
+            for name, trainee in trainees.items():
+                taken[name].append(trainee.step())
     return {name: median(seconds) for name, seconds in taken.items()}
 
 

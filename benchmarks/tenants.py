@@ -1,9 +1,9 @@
 """Several tenants at once on one trunk: what they get done together, and how even their shares are.
 
-The clients carry hidden states alone: the cores are the trunk's. Each is a session of its own,
-driven by a thread of this process; what this process computes, and what else ran on the machine, is
-shown beside, since both come off the trunk's cores. In one more case the clients wait as long as a
-model's ends would take them on a machine of their own.
+The clients carry hidden states and step their adapters, no more: the cores are the trunk's. Each is
+a session of its own, driven by a thread of this process; what this process computes, and what else
+ran on the machine, is shown beside, since both come off the trunk's cores. In one more case the
+clients wait as long as a model's ends would take them on a machine of their own.
 """
 
 from __future__ import annotations
@@ -22,17 +22,16 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from benchmarks.gpt2_small import LAYERS_ON_TRUNK, SPLIT, WIDTH, gpt2_small, lora
+from benchmarks.peers.driving import adamw
 from benchmarks.processes import cpu_seconds, trunk_processes
 from benchmarks.report import Claim, Row, Section, run_alone
 from client_service.local_trunk import local_trunk
-from client_service.optimizer_spec import OptimizerSettings
 from client_service.training_client import TrainingClient
 
 LOG = logging.getLogger("tenants")
 
 BATCH, TOKENS = 4, 128
 COUNTS, ROUNDS = (1, 2, 4, 8), 3
-ADAMW = OptimizerSettings("adamw", {"lr": 1e-4})
 DEFAULT, FIXED, ADAPTIVE = "1 x 2 threads", "2 x 1 thread", "adaptive"
 FLAGS: dict[str, tuple[str, ...]] = {
     DEFAULT: ("--workers", "1", "--threads", "2"),
@@ -86,6 +85,7 @@ class _Tenant(Thread):
         self._hidden_BTD = torch.randn(shape, generator=generator)
         self._gradient_BTD = torch.randn(shape, generator=generator) / self._hidden_BTD.numel()
         with TrainingClient(self._address, lora(), seed=self._seed) as client:
+            self._optimizer = adamw(client.parameters())
             self._step(client)
             ends_at = self._window.begin()
             started, steps = time.monotonic(), 0
@@ -100,7 +100,8 @@ class _Tenant(Thread):
         client.forward(self._hidden_BTD)
         time.sleep(self._pause_s)
         client.backward(self._gradient_BTD)
-        client.step(ADAMW)
+        self._optimizer.step()
+        self._optimizer.zero_grad()
 
 
 class _Window:

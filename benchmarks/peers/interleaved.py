@@ -13,9 +13,8 @@ from pathlib import Path
 
 from transformers import AutoModelForCausalLM
 
-from benchmarks.gpt2_small import gpt2_small, lora
+from benchmarks.gpt2_small import adapted, gpt2_small
 from benchmarks.peers.running import Running, Sample, System, SystemFailedError
-from shared.adapters.wrap import wrap
 
 LOG = logging.getLogger("benchmarks")
 WARM_UP = 1
@@ -94,7 +93,7 @@ def _checkpoint() -> Iterator[tuple[Path, Path]]:
         model = gpt2_small(Path(scratch) / "model")
         adapter = Path(scratch) / "adapter"
         whole = AutoModelForCausalLM.from_pretrained(model)
-        wrap(whole, lora(), 0, "whole").save_pretrained(adapter)
+        adapted(whole).save_pretrained(adapter)
         yield model, adapter
 
 

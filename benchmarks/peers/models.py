@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft import get_peft_model
 from transformers import AutoModelForCausalLM
 
 from benchmarks.gpt2_small import SPLIT
 from benchmarks.peers.driving import Step, adamw
-from shared.adapters.weights import adapter_weights, load_adapter_weights, read_adapter
-from shared.adapters.wrap import wrap
+from client_service.adapter_files import adapter_weights, load_adapter_weights, read_adapter
 from shared.models import SplitRange, get_part_class, load_part
 from shared.models.onednn import use_onednn
 
@@ -24,7 +24,7 @@ def whole(model: Path, adapter: Path, onednn: bool = False) -> Any:
     loaded = AutoModelForCausalLM.from_pretrained(model)
     if onednn:
         use_onednn(loaded, loaded.dtype, loaded.device)
-    return _adapted(loaded, adapter, "whole")
+    return _adapted(loaded, adapter)
 
 
 def part(role: str, model: Path, adapter: Path) -> Any:
@@ -36,7 +36,7 @@ def part(role: str, model: Path, adapter: Path) -> Any:
         "top": {"start_layer": split.end},
     }
     loaded = load_part(get_part_class("gpt2", role), model, **bounds[role])
-    return _adapted(loaded, adapter, role)
+    return _adapted(loaded, adapter)
 
 
 class Ends:
@@ -100,9 +100,9 @@ def local_step(model: Any) -> Step:
     return step
 
 
-def _adapted(model: Any, adapter: Path, place: str) -> Any:
+def _adapted(model: Any, adapter: Path) -> Any:
     config, weights = read_adapter(adapter)
-    wrapped = wrap(model, config, 0, place)
+    wrapped: Any = get_peft_model(model, config)
     own = adapter_weights(wrapped).keys()
     load_adapter_weights(wrapped, {name: weights[name] for name in own})
     return wrapped.train()
