@@ -79,27 +79,41 @@ def placed(
     Raises:
         AdapterError: If stock PEFT has no words for it.
     """
-    check_parts(parts)
+    wanted = wanted_parts(config, trunk_config, parts)
     config = copy.deepcopy(config)
-    wanted = set(PARTS[parts])
-    if trunk_config is None:
-        wanted.discard("trunk")
-    if not wanted:
-        raise AdapterError("peft_parts 'trunk' without an adapter on the trunk: nothing is left")
     if isinstance(trunk_config, PeftConfig) and "trunk" in wanted:
         _set_trunk(config, trunk_config, model, split)
-    if wanted == set(PARTS["all"]):
+    if wanted == set(PARTS["all"]) or config.is_prompt_learning:
         return config
-    if config.is_prompt_learning:
-        _check_prompt(config, wanted)
-        return config
-    if getattr(config, "trainable_token_indices", None) and "bottom" not in wanted:
-        raise AdapterError(f"trainable_token_indices on {parts!r}: the embedding is the bottom's")
     kept = _pattern(wanted, model, split)
     leave_out(config, rf"(?!(?:{kept})$).*")
     if config.modules_to_save:
         config.modules_to_save = _in_parts(config.modules_to_save, kept, model)
     return config
+
+
+def wanted_parts(config: PeftConfig, trunk_config: TrunkPeft, parts: str) -> set[str]:
+    """The parts that are to have an adapter, whatever the model and its split.
+
+    Args:
+        config: Of the adapter.
+        trunk_config: As in :func:`placed`.
+        parts: A word of :data:`PARTS`.
+
+    Raises:
+        AdapterError: If there are none, or the method cannot be on them alone.
+    """
+    check_parts(parts)
+    wanted = set(PARTS[parts])
+    if trunk_config is None:
+        wanted.discard("trunk")
+    if not wanted:
+        raise AdapterError("peft_parts 'trunk' without an adapter on the trunk: nothing is left")
+    if wanted != set(PARTS["all"]) and config.is_prompt_learning:
+        _check_prompt(config, wanted)
+    if getattr(config, "trainable_token_indices", None) and "bottom" not in wanted:
+        raise AdapterError(f"trainable_token_indices on {parts!r}: the embedding is the bottom's")
+    return wanted
 
 
 def leave_out(config: PeftConfig, pattern: str) -> None:

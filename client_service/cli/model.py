@@ -45,6 +45,7 @@ from client_service.cli.options import (
 )
 from client_service.data import batches
 from client_service.model_limits import check_prompt, check_vocabulary, virtual_tokens
+from client_service.placement import wanted_parts
 from client_service.split_model import SplitModelForCausalLM
 from client_service.training import mean_loss
 from client_service.verify import VerifyPlan, verify
@@ -181,6 +182,7 @@ def verify_command(
     prepare(threads)
     model = model_or_bundled(model)
     config = read_peft_config(peft, peft_config, model, 0.0, steps)
+    wanted_parts(config, "same", peft_parts)
     _, blocks = load_blocks(model, data or private_train_file(), seq_len, config)
     ordered = labelled(batches(blocks, batch_size, seed))
     plan = VerifyPlan(steps=steps)

@@ -29,7 +29,7 @@ from shared.wire.formats import WireFormat
 MOST = 2**31 - 1
 """Of what is counted."""
 _MOST_THREADS = 1024
-_SEEDS = 2**64  # what a trunk's seed travels as
+SEEDS = 2**64  # what torch takes
 
 
 def given_path(value: str | Path) -> Path:
@@ -92,7 +92,7 @@ TrunkOption = Annotated[
 ]
 SeedOption = Annotated[
     int,
-    typer.Option(help="Fixes adapters, data order and dropout.", min=0, max=_SEEDS - 1),
+    typer.Option(help="Fixes adapters, data order and dropout.", min=0, max=SEEDS - 1),
 ]
 AdapterOption = Annotated[
     Path | None,

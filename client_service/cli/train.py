@@ -27,6 +27,7 @@ from client_service.cli.mistakes import in_one_line
 from client_service.cli.options import (
     DEFAULT_TRUNK,
     MOST,
+    SEEDS,
     AdapterOption,
     AdapterWireFormatOption,
     BatchSizeOption,
@@ -63,6 +64,7 @@ from client_service.cli.run_file import (
 )
 from client_service.data import batches
 from client_service.fresh_ends import can_redraw
+from client_service.placement import TrunkPeft, wanted_parts
 from client_service.split_model import SplitModelForCausalLM
 from client_service.training import StepMetrics, TrainingPlan, train
 from shared.bundled import private_train_file
@@ -106,7 +108,7 @@ def train_command(
             help="Of everything that is drawn; without one, the ends' fresh adapter is drawn from "
             "the system's randomness.",
             min=0,
-            max=MOST,
+            max=SEEDS - 1,
         ),
     ] = None,
     optimizer: Annotated[
@@ -247,9 +249,15 @@ def _adapter(model: str, settings: RunSettings) -> PeftConfig | None:
         if settings.peft_config is not None:
             raise AdapterError("--peft-config with --adapter, which has its own: give either")
         return adapter_config(settings.adapter)
-    return read_peft_config(
+    config = read_peft_config(
         settings.peft, settings.peft_config, model, settings.dropout, settings.steps
     )
+    wanted_parts(config, _trunk_peft(settings), settings.peft_parts)
+    return config
+
+
+def _trunk_peft(settings: RunSettings) -> TrunkPeft:
+    return "same" if settings.trunk_peft == "same" else None
 
 
 def _open(model: str, settings: RunSettings, config: PeftConfig | None) -> Any:
@@ -257,7 +265,7 @@ def _open(model: str, settings: RunSettings, config: PeftConfig | None) -> Any:
         model,
         settings.trunk,
         peft_config=config,
-        trunk_peft_config="same" if settings.trunk_peft == "same" else None,
+        trunk_peft_config=_trunk_peft(settings),
         peft_parts=settings.peft_parts,
         adapter=settings.adapter,
         seed=settings.seed or 0,
