@@ -17,7 +17,7 @@ from transformers import Cache
 
 from shared.adapters.state_push import StatePush
 from shared.adapters.structure import Structure, draws
-from shared.errors import AdapterError, ProtocolError, StaleStateError
+from shared.errors import AdapterError, ProtocolError, StaleStateError, TrunklineError
 from trunk_service.adapter_build import TreeLimits
 from trunk_service.budget import ByteBudget
 from trunk_service.footprint import measure_footprint
@@ -28,6 +28,8 @@ from trunk_service.quotas import TenantQuota
 from trunk_service.requests import ForwardRequest
 from trunk_service.tenant_tree import TenantTree, TreeState
 from trunk_service.trunk import Trunk
+
+_LONGEST = 300  # of what torch says, in characters
 
 
 class ClientState:
@@ -114,8 +116,8 @@ class ClientState:
         tree, state = self._tree, self._tree.state
         self._reserve(push)
         try:
-            if self._tree.state.built is not state.built:
-                self._measure()
+            if _may_fail(state, self._tree.state):
+                self._try()
         except BaseException:
             tree.restore(state)
             self._tree = tree
@@ -211,6 +213,20 @@ class ClientState:
         self.budget.release(max(0, -more_bytes))
         self._numbers, self._bytes = numbers, tree.nbytes
 
+    def _try(self) -> None:
+        """Computes with what was sent, before anything is answered for it.
+
+        Raises:
+            AdapterError: If that is not possible.
+        """
+        try:
+            self._measure()
+        except (TrunklineError, MemoryError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:  # whatever torch says of dtypes, indices or devices
+            why = f"{type(error).__name__}: {error}"[:_LONGEST]
+            raise AdapterError(f"the blocks cannot be computed with this adapter: {why}") from None
+
     def _measure(self) -> None:
         info, model = self._trunk.info, self._tree.model
         self._tree.train(True)
@@ -218,3 +234,15 @@ class ClientState:
             self.footprint = measure_footprint(model, info.hidden_size, info.dtype)
         # Some methods move their values in a forward, which would move them here alone.
         self._tree.check_unwritten()
+
+
+def _may_fail(before: TreeState, now: TreeState) -> bool:
+    """Whether an update brought more than other numbers of what was computed with already."""
+    if now.built is not before.built:
+        return True
+    pairs = ((before.leaves.get(name), leaf.tensor) for name, leaf in now.leaves.items())
+    return any(
+        old is None or old.tensor.dtype != new.dtype or not new.is_floating_point()
+        for old, new in pairs
+        if old is None or old.tensor is not new
+    )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from pathlib import Path
@@ -11,24 +10,21 @@ from typing import Any, cast
 import grpc
 import pytest
 import torch
-from peft import LoraConfig, VeraConfig
+from peft import LoraConfig
 
-from client_service import SplitModelForCausalLM, TrainingClient
+from client_service import SplitModelForCausalLM
 from client_service.calls import CacheEdit, ForwardCall, SessionTerms
 from client_service.connection import SERVICE, open_channel
-from client_service.optimizer_spec import OptimizerSettings, adamw
 from client_service.session import TrunkSession
-from shared.adapters.config import config_to_json
 from shared.errors import (
     AdapterError,
     CheckpointError,
     ModelMismatchError,
-    OptimizerError,
     ProtocolError,
     ResourceExhaustedError,
     ReusedRequestError,
     SplitError,
-    StepConflictError,
+    StaleStateError,
     TensorError,
     TrunkUnavailableError,
     UnknownRequestError,
@@ -36,13 +32,14 @@ from shared.errors import (
 from shared.models import SplitRange
 from shared.pb.trunkline.v1 import trunk_pb2 as pb
 from shared.wire.frames import encode_frame
+from tests.by_hand import ByHand
 from tests.conftest import Daemon
 from tests.models import save_tiny_model
 from tests.patience import PATIENCE_S
 
-LORA = LoraConfig(r=4, target_modules=["c_attn"])
+LORA = LoraConfig(r=4, target_modules=["c_attn"], fan_in_fan_out=True, init_lora_weights=False)
 HIDDEN = torch.randn(2, 6, 64, generator=torch.Generator().manual_seed(0))
-HELD = ForwardCall(request_id="a", keep_graph=True, training=True)
+HELD: dict[str, Any] = {"request_id": "a", "keep_graph": True, "training": True}
 
 
 @pytest.fixture(scope="module")
@@ -52,18 +49,17 @@ def daemon(trunkd: Callable[..., Daemon], tmp_path_factory: pytest.TempPathFacto
 
 
 @pytest.fixture
-def session(daemon: Daemon) -> Iterator[TrunkSession]:
-    """A session to abuse; afterwards it, and one opened before, must still answer right."""
-    bystander = TrunkSession(daemon.address, SessionTerms())
-    expected = bystander.forward(HIDDEN, ForwardCall()).hidden_BTD
-    abused = TrunkSession(
-        daemon.address, SessionTerms(peft_config_json=config_to_json(LORA), seed=1)
-    )
-    yield abused
-    for still_open in (bystander, abused):
-        assert torch.equal(still_open.forward(HIDDEN, ForwardCall()).hidden_BTD, expected)
-        still_open.close()
-    assert daemon.process.poll() is None
+def tenant(daemon: Daemon) -> Iterator[ByHand]:
+    """A tenant that abuses; afterwards it, and one from before, must still be answered right."""
+    bystander, abusing = ByHand(daemon.address, None), ByHand(daemon.address, LORA)
+    both = bystander, abusing
+    expected = [one.forward(HIDDEN) for one in both]
+    assert not torch.equal(*expected)
+    yield abusing
+    for one, output in zip(both, expected, strict=True):
+        assert torch.equal(one.forward(HIDDEN), output)
+        one.close()
+    assert daemon.process.poll() is None and '"traceback"' not in daemon.log()
 
 
 def with_value(value: float) -> torch.Tensor:
@@ -76,8 +72,6 @@ BAD_TENSORS: dict[str, tuple[torch.Tensor, dict[str, Any]]] = {
     "hidden size": (torch.zeros(2, 6, 32), {}),
     "rank": (torch.zeros(2, 64), {}),
     "empty": (torch.zeros(0, 6, 64), {}),
-    "nan": (with_value(float("nan")), {}),
-    "inf": (with_value(float("inf")), {}),
     "too long": (torch.zeros(1, 129, 64), {}),
     "too many tokens": (torch.zeros(5, 120, 64), {}),
     "short mask": (HIDDEN, {"attention_mask": torch.ones(2, 5)}),
@@ -89,16 +83,16 @@ BAD_TENSORS: dict[str, tuple[torch.Tensor, dict[str, Any]]] = {
 
 
 @pytest.mark.parametrize("what", BAD_TENSORS)
-def test_a_bad_forward_is_refused(what: str, session: TrunkSession) -> None:
+def test_a_bad_forward_is_refused(what: str, tenant: ByHand) -> None:
     hidden, extra = BAD_TENSORS[what]
     with pytest.raises(TensorError):
-        session.forward(hidden, ForwardCall(**extra))
+        tenant.forward(hidden, **extra)
 
 
-def raw(session: TrunkSession, tensors: list[pb.TensorSpec], data: bytes) -> None:
+def raw(tenant: ByHand, tensors: list[pb.TensorSpec], data: bytes) -> None:
     """Sends a forward whose announcement and bytes are made up."""
-    link = session._link
-    request = pb.SessionRequest(id=link._next_id, forward=pb.Forward(), tensors=tensors)
+    link, body = tenant.session._link, pb.Forward(state_version=tenant.version)
+    request = pb.SessionRequest(id=link._next_id, forward=body, tensors=tensors)
     link._next_id += 1
     future: Future[Any] = Future()
     link._connection._waiting[request.id] = future
@@ -126,8 +120,6 @@ def spec(
         ([spec([1, 1, 64], encoding=7)], bytes(66), TensorError),
         ([spec([1, 1, 64], pb.DATA_TYPE_FLOAT16, BLOCKS)], bytes(66), TensorError),
         ([spec([1, 1, 64], encoding=BLOCKS)], bytes(67), ProtocolError),
-        # A scale of not-a-number.
-        ([spec([1, 1, 64], encoding=BLOCKS)], b"\xff\xff" + bytes(64), TensorError),
         ([spec([1, 1, 64], pb.DATA_TYPE_INT64)], bytes(512), TensorError),
         ([spec([1, 1, 64])], bytes(257), ProtocolError),
         ([spec([1, 1, 64]), spec([1, 1, 64])], bytes(512), ProtocolError),
@@ -135,112 +127,103 @@ def spec(
     ],
 )
 def test_a_made_up_announcement_is_refused(
-    announced: list[pb.TensorSpec], data: bytes, error: type[Exception], session: TrunkSession
+    announced: list[pb.TensorSpec], data: bytes, error: type[Exception], tenant: ByHand
 ) -> None:
     with pytest.raises(error):
-        raw(session, announced, data)
+        raw(tenant, announced, data)
 
 
-def test_request_ids_are_used_once_and_in_order(session: TrunkSession) -> None:
+def test_request_ids_are_used_once_and_in_order(tenant: ByHand) -> None:
     with pytest.raises(UnknownRequestError, match="no forward had this id"):
-        session.backward(HIDDEN, "a")
-    first = session.forward(HIDDEN, HELD)
-    again = session.forward(HIDDEN, HELD)
-    assert torch.equal(first.hidden_BTD, again.hidden_BTD)
+        tenant.backward(HIDDEN, "a")
+    assert torch.equal(tenant.forward(HIDDEN, **HELD), tenant.forward(HIDDEN, **HELD))
     with pytest.raises(ReusedRequestError):
-        session.forward(HIDDEN + 1, HELD)
-    session.backward(HIDDEN, "a")
+        tenant.forward(HIDDEN + 1, **HELD)
+    tenant.backward(HIDDEN, "a")
     with pytest.raises(UnknownRequestError, match="backward was done"):
-        session.backward(HIDDEN, "a")
-    with pytest.raises(ReusedRequestError):
-        session.forward(HIDDEN, HELD)
+        tenant.backward(HIDDEN, "a")
 
 
-@pytest.mark.parametrize("bad", [torch.zeros(2, 5, 64), with_value(float("nan"))])
-def test_a_bad_gradient_leaves_the_forward_held(bad: torch.Tensor, session: TrunkSession) -> None:
-    session.forward(HIDDEN, HELD)
+def test_a_bad_gradient_leaves_the_forward_held(tenant: ByHand) -> None:
+    tenant.forward(HIDDEN, **HELD)
     with pytest.raises(TensorError):
-        session.backward(bad, "a")
-    found, norm = session.backward(HIDDEN, "a")
-    assert found is not None and norm > 0
+        tenant.backward(HIDDEN[:, 1:], "a")
+    with pytest.raises(TensorError, match="without a value 'no/such'"):
+        tenant.backward(HIDDEN, "a", "no/such")
+    name = next(v.names[0] for v in tenant.everything().values if "lora_B" in v.names[0])
+    found, of_values = tenant.backward(HIDDEN, "a", name)
+    assert found is not None and found.norm() > 0 and of_values[name].norm() > 0
 
 
-def test_bad_steps_change_nothing(session: TrunkSession) -> None:
-    session.forward(HIDDEN, HELD)
-    session.backward(HIDDEN, "a")
-    before = session.adapter()
-    for number in (0, 2, 7):
-        with pytest.raises(StepConflictError):
-            session.step(number, 1.0, adamw(0.1))
-    for optimizer in (
-        OptimizerSettings("lbfgs"),
-        OptimizerSettings("adamw", {"momentum": 1.0}),
-        adamw(float("nan")),
-        adamw(-1.0),
-    ):
-        with pytest.raises(OptimizerError):
-            session.step(1, 1.0, optimizer)
-    with pytest.raises(ProtocolError):
-        session.step(1, float("nan"), adamw(0.1))
-    assert all(torch.equal(before[n], w) for n, w in session.adapter().items())
-    session.step(1, 0.0, adamw(0.0))
-
-
-@pytest.mark.parametrize("harm", ["missing", "foreign", "shape", "nan", "integers"])
-def test_a_bad_adapter_upload_changes_nothing(harm: str, session: TrunkSession) -> None:
-    before = session.adapter()
-    given = {name: torch.ones_like(weight) for name, weight in before.items()}
-    name = min(given)
-    if harm == "missing":
-        del given[name]
-    elif harm == "foreign":
-        given["../../etc/passwd"] = torch.ones(1)
-    elif harm == "shape":
-        given[name] = torch.ones(3, 3)
-    elif harm == "nan":
-        given[name].view(-1)[0] = float("nan")
-    else:
-        given[name] = given[name].long()
-    with pytest.raises(AdapterError):
-        session.restore(given)
-    assert all(torch.equal(before[n], w) for n, w in session.adapter().items())
-
-
-REFUSED_ADAPTERS = [
-    {"peft_type": "PREFIX_TUNING", "num_virtual_tokens": 128},
-    {"peft_type": "PREFIX_TUNING", "num_virtual_tokens": 10**12},
-    {"peft_type": "PREFIX_TUNING", "num_virtual_tokens": 4, "encoder_hidden_size": 10**9},
-    {"peft_type": "PROMPT_TUNING", "num_virtual_tokens": 4},
-    {"peft_type": "P_TUNING", "num_virtual_tokens": 4},
-    {"peft_type": "ADALORA", "total_step": 9, "init_r": 10**6},
-    {"peft_type": "ADALORA", "total_step": 9, "rank_pattern": {"transformer.h.2.x.lora_E": []}},
-    {"peft_type": "LORA", "modules_to_save": ["wte"]},
-    {"peft_type": "IA3", "feedforward_modules": ["c_fc"], "target_modules": ["c_attn"]},
-    {"peft_type": "NO_SUCH_METHOD"},
-    {"peft_type": "LORA", "init_lora_weights": "pissa"},
-    {"peft_type": "LORA", "megatron_core": "os"},
-    {"peft_type": "LORA", "bias": "all"},
-    {"peft_type": "LORA", "r": 100_000},
-    {"peft_type": "LORA", "r": 0},
-    {"peft_type": "LORA", "target_modules": r"(.+)+x"},
-    {"peft_type": "LORA", "target_modules": "a*b*c*d*e*"},
-    {"peft_type": "LORA", "rank_pattern": {r"(\w*)*!": 4}},
-    {"peft_type": "LORA", "no_such_field": 1},
-    {"peft_type": "LORA", "target_modules": ["no_such_module"]},
-]
-
-
-@pytest.mark.parametrize("fields", REFUSED_ADAPTERS, ids=lambda f: str(sorted(f.items())))
-def test_a_refused_adapter_opens_no_session(
-    fields: dict[str, Any], daemon: Daemon, session: TrunkSession
+def test_numbers_that_are_none_pass_unless_the_host_checks(
+    tenant: ByHand, trunkd: Callable[..., Daemon], tiny_gpt2: Path
 ) -> None:
+    """As through the whole model: a loss scaler looks for them at the client."""
+    broken = with_value(float("nan"))
+    tenant.forward(HIDDEN, **HELD)
+    found, _ = tenant.backward(broken, "a")
+    assert found is not None and found.isnan().any() and not found[0].isnan().any()
+    assert tenant.forward(broken)[1].isnan().any()
+    strict = TrunkSession(
+        trunkd("--model", str(tiny_gpt2), "--check-finite").address, SessionTerms()
+    )
+    strict.forward(HIDDEN, ForwardCall(**HELD))
+    for value in ("nan", "inf"):
+        bad = with_value(float(value))
+        with pytest.raises(TensorError, match="hidden_states holds NaN or Inf"):
+            strict.forward(bad, ForwardCall())
+        with pytest.raises(TensorError, match="gradient holds NaN or Inf"):
+            strict.backward(bad, "a", True, [], [], False)
+    strict.backward(HIDDEN, "a", True, [], [], False)
+    strict.close()
+
+
+def _without_one(values: list[Any], tensors: list[torch.Tensor], at: int) -> None:
+    del values[at], tensors[at]
+
+
+def _of_another_shape(values: list[Any], tensors: list[torch.Tensor], at: int) -> None:
+    tensors[at] = torch.ones(3, 3)
+
+
+def _of_whole_numbers(values: list[Any], tensors: list[torch.Tensor], at: int) -> None:
+    tensors[at] = tensors[at].long()
+
+
+def _of_bytes(values: list[Any], tensors: list[torch.Tensor], at: int) -> None:
+    tensors[at] = torch.zeros(tensors[at].shape, dtype=torch.uint8)
+
+
+def _of_twice_the_precision(values: list[Any], tensors: list[torch.Tensor], at: int) -> None:
+    tensors[at] = tensors[at].double()
+
+
+HARMS = [_without_one, _of_another_shape, _of_whole_numbers, _of_bytes, _of_twice_the_precision]
+
+
+@pytest.mark.parametrize("harm", HARMS)
+def test_a_bad_value_changes_nothing(harm: Callable[..., None], tenant: ByHand) -> None:
+    before, push = tenant.forward(HIDDEN), tenant.everything()
+    values, tensors = list(push.values), list(push.tensors)
+    harm(values, tensors, next(i for i, v in enumerate(values) if "lora_A" in v.names[0]))
+    bad = tenant.everything(values=tuple(values), tensors=tuple(tensors))
     with pytest.raises(AdapterError):
-        TrunkSession(daemon.address, SessionTerms(peft_config_json=json.dumps(fields)))
+        tenant.push(HIDDEN, bad)
+    assert torch.equal(tenant.forward(HIDDEN), before)
 
 
-def test_an_unknown_method_is_refused_before_anything_is_sent(daemon: Daemon) -> None:
-    with pytest.raises(AdapterError, match=r"VERA is not accepted; accepted: .*LORA"):
-        TrainingClient(daemon.address, VeraConfig(task_type="CAUSAL_LM"))
+def test_versions_are_what_both_sides_mean(tenant: ByHand) -> None:
+    output, version = tenant.forward(HIDDEN), tenant.version
+    for wrong in (0, version + 1, 2**64 - 1):
+        with pytest.raises(StaleStateError, match=f"here is {version}"):
+            tenant.forward(HIDDEN, state_version=wrong)
+    with pytest.raises(StaleStateError):  # a change of what is not here
+        tenant.push(HIDDEN, tenant.everything(version=version + 6, since=version + 5))
+    with pytest.raises(ProtocolError, match="of version"):
+        tenant.push(HIDDEN, tenant.everything(since=version + 5))
+    with pytest.raises(ProtocolError, match="in a forward that means"):
+        tenant.forward(HIDDEN, push=tenant.everything())
+    assert torch.equal(tenant.forward(HIDDEN), output)
 
 
 def test_another_split_or_other_weights_are_refused(daemon: Daemon, tmp_path: Path) -> None:
@@ -259,7 +242,7 @@ def test_an_unreachable_trunk_is_named_with_its_cause(daemon: Daemon, tmp_path: 
         SplitModelForCausalLM.from_pretrained(folder, "127.0.0.1:1")
 
 
-def test_garbage_ends_its_own_stream_only(daemon: Daemon, session: TrunkSession) -> None:
+def test_garbage_ends_its_own_stream_only(daemon: Daemon, tenant: ByHand) -> None:
     with open_channel(daemon.address) as channel:
         call = channel.stream_stream(f"{SERVICE}/Session")
         with pytest.raises(grpc.RpcError) as caught:
@@ -281,28 +264,22 @@ def test_a_spent_budget_recomputes_and_then_refuses(
 ) -> None:
     folder = save_tiny_model("gpt2", tmp_path)
     roomy = trunkd("--model", str(folder))
-    # A few boundary activations and the adapter's gradient, and not a single graph.
+    # A few boundary activations beside the adapter, and not a single graph.
     tight = trunkd("--model", str(folder), "--session-held-bytes", str(20 * HIDDEN.nbytes))
     gradients = []
     for daemon in (roomy, tight):
-        session = TrunkSession(
-            daemon.address, SessionTerms(peft_config_json=config_to_json(LORA), seed=1)
-        )
-        for number in range(20):
-            call = ForwardCall(request_id=str(number), keep_graph=True, training=True)
-            session.forward(HIDDEN, call)
+        tenant = ByHand(daemon.address, LORA)
         if daemon is tight:
-            for refused in (
-                lambda s=session: s.forward(HIDDEN, HELD),
-                lambda s=session: s.backward(HIDDEN, "0"),
-            ):
-                with pytest.raises(ResourceExhaustedError) as caught:
-                    refused()
-                assert caught.value.retry_after_s > 0
-        session.release([str(number) for number in range(1, 20)], [])
-        gradients.append(session.backward(HIDDEN, "0")[0])
-        session.forward(HIDDEN, HELD)  # there is room again
-        session.close()
+            with pytest.raises(ResourceExhaustedError) as caught:
+                for number in range(20):
+                    tenant.forward(HIDDEN, request_id=str(number), keep_graph=True)
+            assert caught.value.retry_after_s > 0 and number > 2
+        else:
+            tenant.forward(HIDDEN, request_id="0", keep_graph=True)
+        tenant.session.release([str(number) for number in range(1, 20)], [])
+        gradients.append(tenant.backward(HIDDEN, "0")[0])
+        tenant.forward(HIDDEN, **HELD)  # there is room again
+        tenant.close()
     assert torch.equal(*gradients)  # recomputing changed no bit
 
 
@@ -334,32 +311,22 @@ def test_a_bad_model_folder_is_named(daemon: Daemon, tmp_path: Path) -> None:
             SplitModelForCausalLM.from_pretrained(folder, daemon.address)
 
 
-def test_cache_edits_stay_within_the_budget_one_by_one(session: TrunkSession) -> None:
-    session.forward(HIDDEN, ForwardCall(cache_id="c"))
+def test_cache_edits_stay_within_the_budget_one_by_one(tenant: ByHand) -> None:
+    tenant.forward(HIDDEN, cache_id="c")
     edits = [CacheEdit(repeats=2_000_000), CacheEdit(reorder=[0])]
     with pytest.raises(ResourceExhaustedError, match="edit"):
-        session.forward(HIDDEN[:1], ForwardCall(cache_id="c", cache_edits=edits))
+        tenant.forward(HIDDEN[:1], cache_id="c", cache_edits=edits)
     with pytest.raises(ProtocolError, match="rows"):
-        session.forward(HIDDEN, ForwardCall(cache_id="c", cache_edits=[CacheEdit(reorder=[7, 7])]))
-    session.forward(HIDDEN, ForwardCall(cache_id="c"))
+        tenant.forward(HIDDEN, cache_id="c", cache_edits=[CacheEdit(reorder=[7, 7])])
+    tenant.forward(HIDDEN, cache_id="c")
 
 
-def test_a_cache_that_lacks_a_token_is_refused_without_a_mask_too(session: TrunkSession) -> None:
+def test_a_cache_that_lacks_a_token_is_refused_without_a_mask_too(tenant: ByHand) -> None:
     tokens = HIDDEN.shape[1]
     new = HIDDEN[:, :1]
-    session.forward(HIDDEN, ForwardCall(cache_id="c", cached_tokens=0))
-    session.forward(new, ForwardCall(cache_id="c", cached_tokens=tokens))
+    tenant.forward(HIDDEN, cache_id="c", cached_tokens=0)
+    tenant.forward(new, cache_id="c", cached_tokens=tokens)
     with pytest.raises(ProtocolError, match=rf"has {tokens + 1} tokens, the client counts"):
-        session.forward(new, ForwardCall(cache_id="c", cached_tokens=tokens + 2))
+        tenant.forward(new, cache_id="c", cached_tokens=tokens + 2)
     edit = [CacheEdit(remove_tokens=1)]
-    session.forward(new, ForwardCall(cache_id="c", cache_edits=edit, cached_tokens=tokens))
-
-
-def test_a_step_ends_what_was_held_before_it(session: TrunkSession) -> None:
-    session.forward(HIDDEN, HELD)
-    session.forward(HIDDEN, ForwardCall(request_id="b", keep_graph=True, training=True, micro=1))
-    session.backward(HIDDEN, "a")
-    session.step(1, 1.0, adamw(0.0))
-    with pytest.raises(UnknownRequestError):
-        session.backward(HIDDEN, "b")
-    session.restore({name: torch.zeros_like(w) for name, w in session.adapter().items()})
+    tenant.forward(new, cache_id="c", cache_edits=edit, cached_tokens=tokens)

@@ -19,15 +19,15 @@ import torch
 from peft import LoraConfig, PeftConfig, PrefixTuningConfig
 
 from client_service import SplitModelForCausalLM
-from client_service.calls import ForwardCall, SessionTerms
-from client_service.session import TrunkSession
-from shared.adapters.config import config_to_json
 from shared.errors import TensorError
+from tests.by_hand import ByHand
 from tests.conftest import Daemon
 from tests.models import VOCAB, save_tiny_model
 from tests.patience import PATIENCE_S
 
-NEW = 32
+NEW, WIDTH = 32, 64
+# One configuration for all families.
+pytestmark = pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to False:UserWarning")
 FLAGS = ("--split", "2:4", "--batch-decoding", "8", "--metrics", "127.0.0.1:0")
 
 
@@ -128,12 +128,9 @@ def test_tokens_are_those_of_each_alone(folder: Path, daemon: Daemon, models: Ex
 class Client:
     """A client that only sends hidden states."""
 
-    def __init__(self, daemon: Daemon, width: int, seed: int, config: PeftConfig | None) -> None:
-        as_json = "" if config is None else config_to_json(config)
-        self.session = TrunkSession(
-            daemon.address, SessionTerms(peft_config_json=as_json, seed=seed)
-        )
-        self._seed, self._width = seed, width
+    def __init__(self, daemon: Daemon, seed: int, config: PeftConfig | None) -> None:
+        self._tenant, self._seed = ByHand(daemon.address, config, seed), seed
+        self.session = self._tenant.session
 
     def run(self, cache_id: str, wrong_at: int = -1) -> list[torch.Tensor]:
         """A prompt and its tokens; before one of them, the same with a mask that does not fit."""
@@ -142,23 +139,23 @@ class Client:
         for number in range(NEW):
             new = 1 if number else 3 + 5 * self._seed
             total += new
-            hidden = torch.randn(1, new, self._width, generator=generator)
+            hidden = torch.randn(1, new, WIDTH, generator=generator)
             mask = torch.ones(1, total, dtype=torch.bool)
             mask[:, : self._seed] = False
             positions = (mask.cumsum(-1) - 1).clamp(min=0)[:, -new:]
             if number == wrong_at:
-                call = ForwardCall(mask[:, 1:], positions, cache_id=cache_id)
+                wrong = {"attention_mask": mask[:, 1:], "position_ids": positions}
                 with pytest.raises(TensorError, match="attention_mask"):
-                    self.session.forward(hidden, call)
-            call = ForwardCall(mask, positions, cache_id=cache_id)
-            answers.append(self.session.forward(hidden, call).hidden_BTD)
+                    self._tenant.forward(hidden, cache_id=cache_id, **wrong)
+            right = {"attention_mask": mask, "position_ids": positions}
+            answers.append(self._tenant.forward(hidden, cache_id=cache_id, **right))
         return answers
 
 
 def test_hidden_states_are_those_of_each_alone_whoever_else_is_refused(
     daemon: Daemon, models: ExitStack
 ) -> None:
-    clients = [Client(daemon, 64, seed, lora() if seed % 2 else None) for seed in range(4)]
+    clients = [Client(daemon, seed, lora() if seed % 2 else None) for seed in range(4)]
     for client in clients:
         models.enter_context(closing(client.session))
     alone = [client.run("alone") for client in clients]
@@ -179,7 +176,7 @@ def test_a_tenant_that_trains_beside_generates_with_its_new_weights(
 ) -> None:
     trained, other = (open_model(models, folder, daemon, lora(), seed) for seed in (1, 2))
     settings = {"max_new_tokens": NEW, "min_new_tokens": NEW, "do_sample": False}
-    crowd = [Client(daemon, 64, seed, None) for seed in range(4)]  # so that there is whom to join
+    crowd = [Client(daemon, seed, None) for seed in range(4)]  # so that there is whom to join
     for client in crowd:
         models.enter_context(closing(client.session))
 
@@ -207,7 +204,7 @@ def test_without_the_flag_nothing_is_computed_together(
 ) -> None:
     model = save_tiny_model("gpt2", tmp_path / "model")
     daemon = trunkd("--model", str(model), "--split", "2:4", "--metrics", "127.0.0.1:0")
-    clients = [Client(daemon, 64, seed, None) for seed in range(3)]
+    clients = [Client(daemon, seed, None) for seed in range(3)]
     for client in clients:
         models.enter_context(closing(client.session))
     alone = [client.run("alone") for client in clients]

@@ -4,28 +4,31 @@ from __future__ import annotations
 
 import json
 import queue
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig
 
 from client_service.calls import ForwardCall, SessionTerms
 from client_service.connection import SERVICE, open_channel
-from client_service.optimizer_spec import OptimizerSettings, adamw
 from client_service.session import TrunkSession
-from shared.errors import AdapterError, OptimizerError, TensorError
+from shared.errors import AdapterError, TensorError
 from shared.pb.trunkline.v1 import trunk_pb2 as pb
 from shared.tensor_bytes import as_bytes
 from shared.versions import library_versions
 from shared.wire.error_codes import to_exception
 from shared.wire.frames import encode_frame
 from shared.wire.messages import Inbox, to_frames
+from shared.wire.structures import write_structure, write_values
 from shared.wire.tensors import announce
+from tests.by_hand import ByHand
 from tests.conftest import Daemon
 from tests.models import save_tiny_model
 
-LORA = {"peft_type": "LORA", "r": 4, "target_modules": ["c_attn"]}
+LORA = LoraConfig(r=4, target_modules=["c_attn"], fan_in_fan_out=True, init_lora_weights=False)
+MODULE = "transformer.h.2.attn.c_attn"
 HIDDEN = torch.randn(2, 6, 64, generator=torch.Generator().manual_seed(0))
 
 
@@ -72,9 +75,8 @@ def peer(daemon: Daemon) -> Iterator[Peer]:
     opened.close()
 
 
-def open_session(daemon: Daemon, fields: Mapping[str, Any] | None = None) -> TrunkSession:
-    text = json.dumps(fields) if fields else ""
-    return TrunkSession(daemon.address, SessionTerms(peft_config_json=text, seed=1))
+def open_session(daemon: Daemon) -> TrunkSession:
+    return TrunkSession(daemon.address, SessionTerms())
 
 
 @pytest.mark.parametrize("shape", [[0, 2**64 - 1], [0, 2**62, 2**62], [2**63, 2**63]])
@@ -148,89 +150,92 @@ def test_a_mask_attention_cannot_use_is_refused(mask: torch.Tensor, daemon: Daem
 def test_an_additive_mask_may_have_another_dtype(dtype: torch.dtype, daemon: Daemon) -> None:
     session = open_session(daemon)
     causal = torch.full((2, 1, 6, 6), float("-inf")).triu(1)
-    expected = session.forward(HIDDEN, ForwardCall(attention_mask=causal)).hidden_BTD
-    found = session.forward(HIDDEN, ForwardCall(attention_mask=causal.to(dtype))).hidden_BTD
+    expected = session.forward(HIDDEN, ForwardCall(attention_mask=causal))
+    found = session.forward(HIDDEN, ForwardCall(attention_mask=causal.to(dtype)))
     assert torch.equal(found, expected)
     session.close()
 
 
-@pytest.mark.parametrize(
-    "change",
-    [
-        {"target_modules": "("},
-        {"target_modules": 5},
-        {"target_modules": [5]},
-        {"exclude_modules": "["},
-        {"rank_pattern": [1]},
-        {"rank_pattern": {"(": 8}},
-        {"rank_pattern": {"c_attn": "8"}},
-        {"alpha_pattern": [1]},
-        {"alpha_pattern": {"c_attn": float("inf")}},
-        {"layers_to_transform": [3], "layers_pattern": "("},
-        {"modules_to_save": 5},
-        {"lora_alpha": float("nan")},
-        {"lora_alpha": "16"},
-        {"lora_dropout": 5},
-        {"r": "8"},
-    ],
-    ids=str,
-)
-def test_a_malformed_adapter_is_an_adapter_error(change: dict[str, Any], daemon: Daemon) -> None:
+Change = Callable[[pb.AdapterState], object]
+
+
+def first(state: pb.AdapterState) -> pb.AdapterSpec:
+    return state.structure.adapters[0]
+
+
+def setting(name: str, **value: Any) -> Change:
+    return lambda state: first(state).settings[name].CopyFrom(pb.Setting(**value))
+
+
+MALFORMED: dict[str, Change] = {
+    "a pattern": lambda s: first(s).target_modules.append("(.+)+x"),
+    "a module of the client's": lambda s: first(s).target_modules.append("transformer.h.0.attn"),
+    "no module": lambda s: first(s).ClearField("target_modules"),
+    "a foreign module to save": lambda s: first(s).modules_to_save.append("transformer.wte"),
+    "a feed-forward of another": lambda s: first(s).feedforward_modules.append("c_fc"),
+    "a rank of a pattern": lambda s: first(s).ranks.update({"c_attn": 4}),
+    "a rank of none": lambda s: first(s).ranks.update({MODULE: 0}),
+    "a vast rank": lambda s: first(s).ranks.update({MODULE: 2**31}),
+    "an infinite alpha": lambda s: first(s).alphas.update({MODULE: float("inf")}),
+    "no such method": lambda s: setattr(first(s), "peft_type", "NO_SUCH_METHOD"),
+    "another method": lambda s: setattr(first(s), "peft_type", "VERA"),
+    "virtual tokens": lambda s: setattr(first(s), "peft_type", "PREFIX_TUNING"),
+    "no such field": setting("no_such_field", integer=1),
+    "a vast r": setting("r", integer=100_000),
+    "an r of none": setting("r", integer=0),
+    "a negative r": setting("r", integer=-4),
+    "an r in words": setting("r", word="8"),
+    "an alpha in words": setting("lora_alpha", word="16"),
+    "dropout above one": setting("lora_dropout", real=5.0),
+    "an initialisation": setting("init_lora_weights", word="pissa"),
+    "a module to import": setting("megatron_core", word="os"),
+    "a file": setting("base_model_name_or_path", word="/etc/passwd"),
+    "biases": setting("bias", word="all"),
+    "no layers": lambda s: s.structure.ClearField("layers"),
+    "a layer twice": lambda s: s.structure.layers.append(s.structure.layers[0]),
+    "a layer of nobody": lambda s: s.structure.layers.add(module="os.path"),
+    "an adapter twice": lambda s: s.structure.adapters.append(first(s)),
+    "without a name": lambda s: setattr(first(s), "name", ""),
+    "a foreign value": lambda s: s.values[0].CopyFrom(pb.Value(names=["../../etc/passwd"])),
+    "a value of two places": lambda s: s.values[0].names.append("transformer.h.2.mlp.c_fc.weight"),
+}
+
+
+def pushed(tenant: ByHand, change: Change | None = None) -> Any:
+    """A forward that brings an adapter as the client has it, changed."""
+    push = tenant.everything()
+    state = pb.AdapterState(version=push.version, structure=write_structure(push.structure))
+    state.values.extend(write_values(push.values))
+    if change is not None:
+        change(state)
+    tensors = {f"value/{i}": tensor for i, tensor in enumerate(push.tensors)}
+    body = pb.Forward(state=state, state_version=push.version)
+    return tenant.session._link.ask(
+        pb.SessionRequest(forward=body), {"hidden_states": HIDDEN} | tensors
+    )
+
+
+@pytest.fixture(scope="module")
+def tenant(daemon: Daemon) -> Iterator[ByHand]:
+    opened = ByHand(daemon.address, LORA)
+    yield opened
+    opened.close()
+
+
+@pytest.mark.parametrize("what", MALFORMED)
+def test_a_malformed_adapter_changes_nothing(what: str, tenant: ByHand) -> None:
+    before = tenant.forward(HIDDEN)
     with pytest.raises(AdapterError):
-        open_session(daemon, LORA | change)
+        pushed(tenant, MALFORMED[what])
+    assert torch.equal(tenant.forward(HIDDEN), before)
 
 
-@pytest.mark.parametrize("text", ["[" * 50_000, '{"a":' * 9_000, "[]", "nonsense", '"LORA"'])
-def test_what_is_no_adapter_configuration_is_an_adapter_error(text: str, daemon: Daemon) -> None:
-    with pytest.raises(AdapterError, match="PEFT configuration"):
-        TrunkSession(daemon.address, SessionTerms(peft_config_json=text))
-
-
-@pytest.mark.parametrize(
-    "bad",
-    [
-        adamw(0.1, beta2=1.5),
-        adamw(0.1, beta1=1.5),
-        adamw(0.1, beta1=1.0),
-        adamw(0.1, beta2=1.0),
-        adamw(1e300),
-        OptimizerSettings("adamw", {"lr": 0.1}, {"amsgrad": True}),
-        OptimizerSettings("adamw", {"lr": 0.1}, {"foreach": True, "fused": True}),
-        OptimizerSettings("sgd", {"lr": 0.1}),
-    ],
-    ids=str,
-)
-def test_a_bad_later_step_changes_nothing(bad: OptimizerSettings, daemon: Daemon) -> None:
-    session = open_session(daemon, LORA)
-    run_to_step(session, 1)
-    session.step(1, 1.0, adamw(0.1))
-    run_to_step(session, 2)
-    before, gradients = session.adapter(), session.gradients()
-    with pytest.raises(OptimizerError):
-        session.step(2, 1.0, bad)
-    assert all(torch.equal(before[n], w) for n, w in session.adapter().items())
-    assert all(torch.equal(gradients[n], g) for n, g in session.gradients().items())
-    session.step(2, 1.0, adamw(0.1))
-    session.close()
-
-
-def test_a_flag_that_is_no_longer_given_is_off_again(daemon: Daemon) -> None:
-    adapters = []
-    for flags in ({}, {"maximize": True}):
-        session = open_session(daemon, LORA)
-        run_to_step(session, 1)
-        session.step(1, 0.0, OptimizerSettings("sgd", {"lr": 0.1}, flags))
-        run_to_step(session, 2)
-        session.step(2, 1.0, OptimizerSettings("sgd", {"lr": 0.1}))
-        adapters.append(session.adapter())
-        session.close()
-    assert all(torch.equal(adapters[0][name], w) for name, w in adapters[1].items())
-
-
-def run_to_step(session: TrunkSession, step: int) -> None:
-    call = ForwardCall(request_id=str(step), keep_graph=True, training=True, step=step)
-    session.forward(HIDDEN, call)
-    session.backward(HIDDEN, str(step))
+def test_what_is_not_malformed_is_taken(tenant: ByHand) -> None:
+    expected = tenant.forward(HIDDEN)
+    found = pushed(tenant).tensors["hidden_states"]
+    assert torch.equal(found, expected)
+    tenant.client._passage.function._sent.forget()  # it has another version now
+    assert torch.equal(tenant.client.compute(HIDDEN), expected)
 
 
 def test_nothing_here_was_an_internal_error(daemon: Daemon) -> None:
