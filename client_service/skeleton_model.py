@@ -134,8 +134,12 @@ def _put_blocks(
         config, family, split, vectors, theirs, _Fetches(function), linear=frozenset(linear)
     )
     below, above = ends
-    setattr(getattr(model, family.base), family.layers, GlobalLayers([*below, *blocks, *above]))
-    _use_whole_config(model, config)
+    named = [*below, *blocks, *above]
+    # The family's own list, where its positions are the names.
+    whole = len(named) == config.num_hidden_layers
+    layers = nn.ModuleList([block for _, block in named]) if whole else GlobalLayers(named)
+    setattr(getattr(model, family.base), family.layers, layers)
+    _use_whole_config(model, layers, config)
     passage = Passage(model, family, split, function, secret)
     for index, (_, block) in enumerate(blocks):
         put_in_place(block, passage, first=index == 0)
@@ -264,9 +268,8 @@ def _take_trained_vectors(block: nn.Module, prefix: str, checkpoint: Checkpoint)
                 parameter.copy_(checkpoint.read(name))
 
 
-def _use_whole_config(model: Any, config: Any) -> None:
+def _use_whole_config(model: Any, layers: Any, config: Any) -> None:
     """Gives every module the whole model's number of layers, and each block its place in caches."""
-    layers: Any = next(m for m in model.modules() if isinstance(m, GlobalLayers))
     for index, block in enumerate(layers):
         for module in block.modules():
             if getattr(module, "layer_idx", None) is not None:
