@@ -35,6 +35,7 @@ from shared.models.split_range import SplitRange
 
 _MADE_OF_OTHERS = frozenset(
     {
+        "assistant_tokenizer",
         "attention_mask",
         "cache_position",
         "causal_mask",
@@ -46,6 +47,7 @@ _MADE_OF_OTHERS = frozenset(
         "output_hidden_states",
         "position_embeddings",
         "return_dict",
+        "tokenizer",
         "use_cache",
     }
 )
