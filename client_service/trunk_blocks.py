@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers.cache_utils import DynamicLayer
 from transformers.utils.output_capturing import _active_collector
 
 from client_service.adapter_structure import (
@@ -240,7 +241,8 @@ class Passage:
                 past = tuple(t for layer in before for t in (layer.keys, layer.values))
             made = RemoteCacheLayer(self.function)
             made.begin_with(int(past[0].shape[-2]) if past else 0)
-            cache.layers[start] = made
+            # A window's layer that nothing fills would be asked how long masks are.
+            cache.layers[start:end] = [made, *(DynamicLayer() for _ in range(start + 1, end))]
         found: RemoteCacheLayer = cache.layers[start]
         return past, found
 
