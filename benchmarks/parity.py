@@ -1,8 +1,8 @@
-"""``make parity``: every PEFT method on every part of every family, against the unsplit model.
+"""``make parity``: PEFT's methods on the parts of every family, against the unsplit model.
 
 Writes ``docs/parity.md`` and ``benchmarks/results/parity.json``. Each cell is a real run: a trunk
 daemon as a process, tiny seeded models of 12 blocks split 2:10, 20 AdamW steps with warm-up, linear
-schedule and clipping, float32.
+schedule and clipping, float32. :mod:`benchmarks.peft_rows` adds every method there is.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import logging
 import platform
 import tempfile
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ from peft import (
 )
 from transformers.utils import logging as transformers_logging
 
+from benchmarks import peft_rows
 from client_service.local_trunk import local_trunk
 from client_service.verify import (
     ADAPTER_TOLERANCE,
@@ -42,6 +43,7 @@ from client_service.verify import (
 from shared.errors import AdapterError
 from shared.models import FAMILIES, family_of
 from tests.models import VOCAB, save_tiny_model
+from tests.peft_calls import REFUSED
 
 LOG = logging.getLogger("parity")
 ROOT = Path(__file__).parent.parent
@@ -176,10 +178,13 @@ with the whole model that transformers itself quantised so.
 Refused, before anything is trained:
 
 {refused}
-"""
+
+{methods}"""
 
 
-def as_markdown(cells: list[dict[str, Any]], machine: str) -> str:
+def as_markdown(
+    cells: list[dict[str, Any]], rows_of_peft: list[dict[str, Any]], machine: str
+) -> str:
     families = list(dict.fromkeys(c["family"] for c in cells))
     found = {(c["method"], c["parts"], c["family"]): mark(c) for c in cells}
     rows = [
@@ -207,6 +212,7 @@ def as_markdown(cells: list[dict[str, Any]], machine: str) -> str:
         dashes="---|" * len(families),
         rows="\n".join(rows),
         refused="\n".join(refused),
+        methods=peft_rows.as_markdown(rows_of_peft, REFUSED),
     )
 
 
@@ -232,35 +238,60 @@ def first_step(cell: dict[str, Any]) -> float:
     return float(cell.get("first_step_grad_diff", cell["max_abs_grad_diff"]))
 
 
-def replaced(before: list[dict[str, Any]], cells: list[dict[str, Any]]) -> list[dict[str, Any]]:
+Key = Callable[[dict[str, Any]], Any]
+
+
+def cell_key(cell: dict[str, Any]) -> Any:
+    return cell["family"], cell["method"], cell["parts"]
+
+
+def row_key(cell: dict[str, Any]) -> Any:
+    return cell["row"], cell["family"], cell["held"], cell["served"]
+
+
+def replaced(
+    before: list[dict[str, Any]], cells: list[dict[str, Any]], key: Key
+) -> list[dict[str, Any]]:
     """The cells of an earlier run of everything, with those of this run in their places."""
-    new = {(c["family"], c["method"], c["parts"]): c for c in cells}
-    return [new.get((c["family"], c["method"], c["parts"]), c) for c in before]
+    new = {key(c): c for c in cells}
+    return [new.get(key(c), c) for c in before] if before else cells
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--family", action="append", choices=list(FAMILIES), default=[])
     parser.add_argument("--method", action="append", default=[])
+    parser.add_argument("--row", action="append", default=[], help="of tests/peft_rows.py")
+    parser.add_argument("--only", choices=["families", "rows", "page"], help="the rest is kept")
     parser.add_argument("--out", type=Path, default=ROOT, help="folder with docs/ and benchmarks/")
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()
     warnings.simplefilter("ignore")  # the libraries' own; a difference is what counts here
-    families = arguments.family or list(FAMILIES)
-    cells = [c for f in families for c in run_family(f, set(arguments.method))]
-    machine = f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}"
     results = arguments.out / "benchmarks" / "results" / "parity.json"
+    before = json.loads(results.read_text()) if results.is_file() else {}
+    cells, rows = before.get("cells", []), before.get("rows", [])
+    if arguments.only in (None, "families"):
+        families = arguments.family or list(FAMILIES)
+        found = [c for f in families for c in run_family(f, set(arguments.method))]
+        some = bool(arguments.family or arguments.method)
+        cells = replaced(cells if some else [], found, cell_key)
+    if arguments.only in (None, "rows"):
+        found = [c for base in peft_rows.BASES for c in peft_rows.run_base(base, arguments.row)]
+        rows = replaced(rows if arguments.row else [], found, row_key)
+    machine = f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}"
     results.parent.mkdir(parents=True, exist_ok=True)
-    if (arguments.family or arguments.method) and results.is_file():
-        cells = replaced(json.loads(results.read_text())["cells"], cells)
-    results.write_text(json.dumps({"machine": machine, "cells": cells}, indent=1) + "\n")
+    kept = {"machine": machine, "cells": cells, "rows": rows}
+    results.write_text(json.dumps(kept, indent=1) + "\n")
     page = arguments.out / "docs" / "parity.md"
     page.parent.mkdir(parents=True, exist_ok=True)
-    page.write_text(as_markdown(cells, machine), encoding="utf-8")
-    if any(mark(c).startswith("**") for c in cells):
-        raise SystemExit(1)
+    page.write_text(as_markdown(cells, rows, machine), encoding="utf-8")
+    too_few = [f for f, floor in peft_rows.FLOORS.items() if peft_rows.count(rows, f) < floor]
+    failed = [row_key(c) for c in rows if not peft_rows.holds(c)]
+    failed += [cell_key(c) for c in cells if mark(c).startswith("**")]
+    if failed or too_few:
+        raise SystemExit(f"fail: {failed}; too few rows are equal: {too_few}")
 
 
 if __name__ == "__main__":

@@ -7,12 +7,16 @@ one.
 from __future__ import annotations
 
 import dataclasses
+import functools
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import peft
-from peft import PeftConfig
+import torch
+from peft import LoraConfig, PeftConfig, get_peft_model
 from peft.tuners.lora.config import (
     ArrowConfig,
     BdLoraConfig,
@@ -20,6 +24,8 @@ from peft.tuners.lora.config import (
     MontecloraConfig,
     VeloraConfig,
 )
+
+from tests.models import tiny_model
 
 Fields = dict[str, Any]
 
@@ -40,6 +46,8 @@ class Row:
     fields: Callable[[str], Fields] = lambda family: {}
     """More of them, by family."""
     targets: dict[str, list[str]] | None = dataclasses.field(default_factory=lambda: _LINEAR)
+    inputs: Fields = dataclasses.field(default_factory=dict)
+    """What a forward is given besides the tokens of three rows."""
 
     def config(self, family: str) -> PeftConfig:
         """Makes the configuration for a family.
@@ -77,6 +85,25 @@ def _pattern(family: str) -> Fields:
         "alpha_pattern": {rf"1\..*\.{name}": 32},
     }
 
+
+@functools.cache
+def _experts(family: str) -> tuple[tempfile.TemporaryDirectory[str], Fields]:
+    """Two saved adapters of a tiny model of four blocks, as long as this process lasts."""
+    folder = tempfile.TemporaryDirectory()
+    config = LoraConfig(
+        r=2,
+        target_modules=_LINEAR[family],
+        fan_in_fan_out=family == "gpt2",
+        init_lora_weights=False,
+        task_type="CAUSAL_LM",
+    )
+    model = get_peft_model(tiny_model(family, num_hidden_layers=4), config, "0")
+    model.add_adapter("1", config)
+    model.save_pretrained(folder.name)
+    return folder, {name: str(Path(folder.name) / name) for name in ("0", "1")}
+
+
+_TASKS = {"task_ids": torch.tensor([0, 1, 0])}
 
 ROWS: tuple[Row, ...] = (
     _lora(""),
@@ -206,8 +233,13 @@ ROWS: tuple[Row, ...] = (
     _row("FRoD", "FrodConfig", _SQUARE, progressbar=False),
     _row("PVeRA", "PveraConfig", r=8),
     _row("AdaMSS", "AdamssConfig", r=16, num_subspaces=2),
-    _row("Poly", "PolyConfig", r=4, n_tasks=2),
-    _row("X-LoRA", "XLoraConfig", None, hidden_size=64, adapters={}),
+    Row("Poly", "PolyConfig", lambda family: {"r": 4, "n_tasks": 2}, inputs=_TASKS),
+    Row(
+        "X-LoRA",
+        "XLoraConfig",
+        lambda family: {"hidden_size": 64, "adapters": _experts(family)[1]},
+        None,
+    ),
     _row("Shadow", "ShadowConfig", None, r=4),
     Row(
         "adaption prompt",
@@ -218,13 +250,20 @@ ROWS: tuple[Row, ...] = (
     _row("prompt tuning", "PromptTuningConfig", None, num_virtual_tokens=4),
     _row("P-tuning", "PromptEncoderConfig", None, num_virtual_tokens=4, encoder_hidden_size=32),
     _row("prefix tuning", "PrefixTuningConfig", None, num_virtual_tokens=4),
-    _row("CPT", "CPTConfig", None, cpt_token_ids=[1, 2, 3, 4]),
     _row(
+        "CPT",
+        "CPTConfig",
+        None,
+        cpt_token_ids=[1, 2, 3, 4],
+        cpt_tokens_type_mask=[1, 2, 3, 4],
+        cpt_mask=[1, 1, 1, 1],
+    ),
+    Row(
         "multitask prompt tuning",
         "MultitaskPromptTuningConfig",
+        lambda family: {"num_virtual_tokens": 4, "num_tasks": 2},
         None,
-        num_virtual_tokens=4,
-        num_tasks=2,
+        _TASKS,
     ),
     _row("Cartridge", "CartridgeConfig", None, num_virtual_tokens=4),
     _row("trainable tokens", "TrainableTokensConfig", None, token_indices=[3, 5]),
