@@ -162,7 +162,8 @@ class TrunkSession:
         """Waits for the answer to :meth:`send_forward`; raises what :meth:`forward` raises."""
         answer = self._link.wait(sent)
         reach("client.forward.after")
-        return answer.tensors["hidden_states"].to(hidden_BTD.device, hidden_BTD.dtype)
+        # What read the answer holds it until the next: no part of a graph must be in there.
+        return answer.tensors.pop("hidden_states").to(hidden_BTD.device, hidden_BTD.dtype)
 
     def backward(
         self,
