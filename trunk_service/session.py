@@ -94,8 +94,9 @@ class TenantSession:
         if request.keep_graph:
             return self._forward_held(request)
         # More than no_grad: small operations are a third of a token's time, and autograd's
-        # bookkeeping a part of each. What it makes no graph can use, caches included.
-        with torch.inference_mode():
+        # bookkeeping a part of each. What it makes no graph can use, caches included. But there
+        # attention's own dropout is one operation, whose draws cannot be keyed.
+        with torch.no_grad() if request.training else torch.inference_mode():
             return self.answer(request, self._run(request, self._input(request)))
 
     def joins(self, request: ForwardRequest) -> bool:
