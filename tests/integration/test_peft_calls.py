@@ -165,6 +165,16 @@ def injected(model: Any) -> None:
     tuner.set_adapter("other")
 
 
+def doubled(model: Any, given: Any, output: Any) -> Any:
+    output.logits = output.logits * 2
+    return output
+
+
+def head() -> nn.Linear:
+    torch.manual_seed(5)
+    return nn.Linear(64, VOCAB).requires_grad_(False)
+
+
 def second_of(name: str, model: Any) -> Any:
     torch.manual_seed(5)
     model.add_adapter("other", row(name).config("llama"))
@@ -205,7 +215,7 @@ CALLS: dict[str, Case] = {
     "PeftModelForCausalLM.prepare_inputs_for_generation": Case(lambda m, _: m.prepare_inputs_for_generation(IDS, attention_mask=torch.ones_like(IDS))),
     "PushToHubMixin.push_to_hub": Case(lambda m, _: m.push_to_hub("nobody/nothing")),
     "BaseTuner.active_adapters": Case(lambda m, _: m.base_model.active_adapters),
-    "BaseTuner.delete_adapter": Case(lambda m, _: other(m).base_model.delete_adapter("default")),
+    "BaseTuner.delete_adapter": Case(lambda m, _: then(lambda: other(m).base_model.delete_adapter("default"), lambda: m.set_adapter("other"))),
     "BaseTuner.disable_adapter_layers": Case(lambda m, _: m.base_model.disable_adapter_layers()),
     "BaseTuner.enable_adapter_layers": Case(lambda m, _: then(m.base_model.disable_adapter_layers, m.base_model.enable_adapter_layers)),
     "BaseTuner.forward": Case(lambda m, _: m.base_model(**BATCH).logits),
@@ -279,7 +289,7 @@ CALLS: dict[str, Case] = {
     "Module.parameters": Case(lambda m, _: list(m.parameters())),
     "Module.register_backward_hook": Case(lambda m, _: m.register_backward_hook(lambda *_: None) and stepped(m)),
     "Module.register_buffer": Case(lambda m, _: m.register_buffer("more", torch.ones(2))),
-    "Module.register_forward_hook": Case(lambda m, _: m.register_forward_hook(lambda one, given, out: (out, setattr(out, "logits", out.logits * 2))[0]) and None),
+    "Module.register_forward_hook": Case(lambda m, _: m.register_forward_hook(doubled) and None),
     "Module.register_forward_pre_hook": Case(lambda m, _: m.register_forward_pre_hook(lambda one, given: None) and None),
     "Module.register_full_backward_hook": Case(lambda m, _: m.register_full_backward_hook(lambda *_: None) and stepped(m)),
     "Module.register_full_backward_pre_hook": Case(lambda m, _: m.register_full_backward_pre_hook(lambda *_: None) and stepped(m)),
@@ -291,7 +301,7 @@ CALLS: dict[str, Case] = {
     "Module.register_state_dict_pre_hook": Case(lambda m, _: m.register_state_dict_pre_hook(lambda *_: None) and here(m.state_dict())),
     "Module.requires_grad_": Case(lambda m, _: m.requires_grad_(False)),
     "Module.set_extra_state": Case(lambda m, _: m.set_extra_state(None)),
-    "Module.set_submodule": Case(lambda m, _: m.set_submodule("base_model.model.lm_head", nn.Identity())),
+    "Module.set_submodule": Case(lambda m, _: m.set_submodule("base_model.model.lm_head", head())),
     "Module.share_memory": Case(lambda m, _: m.share_memory()),
     "Module.state_dict": Case(lambda m, _: here(m.state_dict())),
     "Module.to": Case(lambda m, _: m.to("cpu", torch.float32)),
