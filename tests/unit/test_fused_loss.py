@@ -16,7 +16,7 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 
 from client_service import fused_loss
 from client_service.fused_loss import fused_linear_cross_entropy
-from client_service.split_ends import split_class
+from client_service.skeleton_model import _split_class
 from shared.errors import InvalidInputError
 from tests.models import OF_FAMILY, VOCAB, tiny_model
 
@@ -26,7 +26,7 @@ pytestmark = pytest.mark.numeric
 def fused(family: str) -> tuple[Any, Any]:
     """The tiny model as a client's class makes it, but whole; and the family's own."""
     plain = tiny_model(family)
-    model = split_class(type(plain), True)(plain.config)
+    model = _split_class(type(plain), True)(plain.config)
     model.load_state_dict(plain.state_dict())
     model.tie_weights()
     for made in (plain, model):

@@ -11,11 +11,10 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig
+from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from shared.adapters.wrap import wrap
 from shared.models import single_row
 from shared.models.onednn import OneDnnLinear, can_use_onednn, use_onednn
 from shared.models.single_row import SpreadConv1D, SpreadLinear, spread_single_rows
@@ -130,12 +129,20 @@ def test_small_layers_and_one_thread_stay() -> None:
 
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
 def test_generating_with_an_adapter_gives_the_same_tokens_and_logits(family: str) -> None:
-    config = LoraConfig(
-        task_type="CAUSAL_LM", r=4, target_modules="all-linear", init_lora_weights=False
-    )
     plain, spread = tiny_model(family), tiny_model(family)
     spread_single_rows(spread, large_bytes=0)
-    ours, whole = (wrap(model, config, 3, "whole").eval() for model in (spread, plain))
+    both = []
+    for model in (spread, plain):
+        config = LoraConfig(
+            task_type="CAUSAL_LM",
+            r=4,
+            target_modules="all-linear",
+            init_lora_weights=False,
+            fan_in_fan_out=family == "gpt2",
+        )
+        torch.manual_seed(3)
+        both.append(get_peft_model(model, config).eval())
+    ours, whole = both
     ids = torch.tensor([[5, 9, 300, 7]])
     settings = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
     scores = {"return_dict_in_generate": True, "output_scores": True}

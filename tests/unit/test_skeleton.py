@@ -15,7 +15,7 @@ from transformers.pytorch_utils import Conv1D
 from shared.errors import SharedWeightsError
 from shared.models import SplitRange
 from shared.models.families import FAMILIES, family_of
-from shared.skeleton import Fetch, RemoteTensor, skeleton_blocks
+from shared.skeleton import Fetch, Norms, RemoteTensor, skeleton_blocks
 from tests.models import tiny_model
 
 SPLIT = SplitRange(1, 3)
@@ -28,17 +28,20 @@ class Weights:
         self.model = model
         self.asked: list[str] = []
 
-    def of(self, name: str, transposed: bool) -> Fetch:
-        return Asked(self, name)
+    def of(self, name: str) -> tuple[Fetch, Norms]:
+        return Asked(self, name), (Asked(self, name, "rows"), Asked(self, name, "columns"))
 
 
 class Asked:
-    def __init__(self, weights: Weights, name: str) -> None:
-        self.weights, self.name = weights, name
+    def __init__(self, weights: Weights, name: str, norms: str = "") -> None:
+        self.weights, self.name, self.norms = weights, name, norms
 
     def __call__(self) -> torch.Tensor:
+        matrix = self.weights.model.get_parameter(self.name).detach()
+        if self.norms:
+            return torch.linalg.norm(matrix if self.norms == "rows" else matrix.T, dim=1)
         self.weights.asked.append(self.name)
-        return self.weights.model.get_parameter(self.name).detach()
+        return matrix
 
 
 class Chain(nn.Module):
@@ -130,7 +133,11 @@ def test_what_computes_with_a_matrix_gets_its_numbers() -> None:
     weights = Weights(whole)
     remote = skeleton(whole, weights).get_parameter("model.layers.1.mlp.up_proj.weight")
     real = whole.model.layers[1].mlp.up_proj.weight
-    assert torch.equal(torch.linalg.norm(remote, dim=1), torch.linalg.norm(real, dim=1))
+    nothing = torch.zeros_like(real)
+    for ours, theirs in ((remote, real), (remote.T, real.T), (remote + nothing, real)):
+        assert torch.equal(torch.linalg.norm(ours, dim=1), torch.linalg.norm(theirs, dim=1))
+    assert not weights.asked, "norms are given by themselves"
+    assert torch.equal(torch.linalg.norm(remote, dim=0), torch.linalg.norm(real, dim=0))
     assert torch.equal((2 * remote).detach(), 2 * real.detach())
     assert torch.equal(remote.clone(), real) and not isinstance(remote.clone(), RemoteTensor)
     assert weights.asked and set(weights.asked) == {"model.layers.1.mlp.up_proj.weight"}
@@ -171,7 +178,8 @@ def test_nothing_writes_into_a_matrix() -> None:
 @pytest.mark.parametrize("dora", [False, True])
 def test_stock_peft_makes_the_whole_model_s_fresh_adapter(family: str, dora: bool) -> None:
     whole = tiny_model(family)
-    made = skeleton(whole)
+    weights = Weights(whole)
+    made = skeleton(whole, weights)
     layers = list(family_of(family).linear_layers)
     config = LoraConfig(
         r=4,
@@ -189,3 +197,4 @@ def test_stock_peft_makes_the_whole_model_s_fresh_adapter(family: str, dora: boo
     for name, parameter in fresh[0].items():
         assert torch.equal(fresh[1][name], parameter)
         assert fresh[1][name].requires_grad
+    assert not weights.asked
