@@ -25,11 +25,8 @@ TRUNK_FAILPOINTS = (
     "trunk.forward.after",
     "trunk.backward.before",
     "trunk.backward.after",
-    "trunk.step.before",
-    "trunk.step.after",
-    "trunk.snapshot.before",
-    "trunk.restore.before",
-    "trunk.restore.after",
+    "trunk.fetch.before",
+    "trunk.fetch.after",
     "trunk.answer.before",
     "trunk.answer.after",
 )

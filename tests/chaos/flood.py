@@ -28,7 +28,7 @@ _NICENESS = 19
 def flood(session: RawSession, gate: Gate) -> None:
     counts: collections.Counter[str] = collections.Counter()
     for number in range(_WINDOW):
-        session.send_held_forward(str(number))
+        session.send_held_forward(str(number), with_adapter=number == 0)
     for number in itertools.count(_WINDOW):
         answer = session.receive()
         refused = answer.WhichOneof("body") == "error"
@@ -37,7 +37,7 @@ def flood(session: RawSession, gate: Gate) -> None:
             sys.stdout.write(json.dumps(counts) + "\n")
             sys.stdout.flush()
         gate.wait(1)
-        session.send_held_forward(str(number))
+        session.send_held_forward(str(number), with_adapter=False)
 
 
 if __name__ == "__main__":

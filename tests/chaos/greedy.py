@@ -8,14 +8,13 @@ other see the same machine; the long form has a bound on them.
 from __future__ import annotations
 
 import json
-from typing import Any
+from collections.abc import Callable
 
 import torch
+from peft import LoraConfig
 
-from client_service.calls import ForwardCall, SessionTerms
+from client_service import TrainingClient
 from client_service.certificates import write_certificates
-from client_service.optimizer_spec import adamw
-from client_service.session import TrunkSession
 from shared.errors import ResourceExhaustedError
 from tests.chaos.gate import Gate
 from tests.chaos.metrics import MetricsTail, require_same_run
@@ -32,7 +31,8 @@ _TENANT_HELD_BYTES = 4_000_000
 _TURN = 50
 # The first steps of a turn still see what the one before left under way.
 _LEFT_OUT = 3
-MEMORY_FAILPOINTS = "trunk.forward.after=memory@3,trunk.backward.before=memory@2"
+# The first two forwards, one a client, bring an adapter and train nothing.
+MEMORY_FAILPOINTS = "trunk.forward.after=memory@4,trunk.backward.before=memory@2"
 
 
 def run(stage: Stage, options: Options, report: Report) -> None:
@@ -144,37 +144,30 @@ def _out_of_memory(stage: Stage, report: Report) -> None:
 def _train_two(trunk: Trunk) -> tuple[list[dict[str, torch.Tensor]], list[str]]:
     """Returns two sessions' adapters after some steps in turns, and what was refused."""
     trunk.running()
-    terms = SessionTerms(peft_config_json=json.dumps(LORA), dropout=0.1)
-    sessions = [TrunkSession(trunk.address, terms) for _ in range(2)]
+    config = LoraConfig(**LORA)  # type: ignore[arg-type]
+    clients = [TrainingClient(trunk.address, config, seed=n, dropout=0.1) for n in range(2)]
+    optimizers = [torch.optim.AdamW(client.parameters(), lr=0.01) for client in clients]
     refusals: list[str] = []
 
-    def insisted(kind: str, ask: Any) -> Any:
-        try:
-            return ask(1)
-        except ResourceExhaustedError:
-            refusals.append(kind)
-            return ask(2)
+    def insisted(kind: str, step: int, ask: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        for _ in range(2):
+            torch.manual_seed(step)  # the same masks when it is asked again
+            try:
+                ask(STATES_BTD)
+                return
+            except ResourceExhaustedError:
+                refusals.append(kind)
 
-    for step in range(1, 5):
-        for session in sessions:
-            held = {}
-
-            def forward(
-                attempt: int, session: Any = session, held: Any = held, step: int = step
-            ) -> None:
-                held["id"] = f"{step}.{attempt}"
-                session.forward(
-                    STATES_BTD,
-                    ForwardCall(request_id=held["id"], keep_graph=True, training=True, step=step),
-                )
-
-            def backward(attempt: int, session: Any = session, held: Any = held) -> None:
-                session.backward(STATES_BTD, held["id"])
-
-            insisted("forward", forward)
-            insisted("backward", backward)
-            session.step(step, 1.0, adamw(0.01))
-    adapters = [session.adapter() for session in sessions]
-    for session in sessions:
-        session.close()
+    for step in range(4):
+        for client, optimizer in zip(clients, optimizers, strict=True):
+            insisted("forward", step, client.forward)
+            insisted("backward", step, client.backward)
+            optimizer.step()
+            optimizer.zero_grad()
+    adapters = [
+        {n: p.detach() for n, p in client.model.named_parameters() if p.requires_grad}
+        for client in clients
+    ]
+    for client in clients:
+        client.close()
     return adapters, refusals

@@ -2,8 +2,8 @@
 
 Recovery is counted from when both sides are back after the last kill (the trunk: its ready file is
 written; the client: its libraries are loaded) to the next line of ``metrics.jsonl``. It holds all
-that is ours: reading the checkpoint, opening, restoring, replaying, waiting between attempts. The
-long form has a bound on it.
+that is ours: reading the checkpoint, opening, sending the adapter, computing again what was held,
+waiting between attempts. The long form has a bound on it.
 """
 
 from __future__ import annotations
@@ -33,8 +33,7 @@ _LOOK_S = 0.01
 _PASSED_BY_STEP = {
     "trunk.forward": 1,
     "trunk.backward": 1,
-    "trunk.step": 1,
-    "trunk.answer": 3,
+    "trunk.answer": 2,
     "client.forward": 1,
     "client.backward": 1,
     "client.step": 1,

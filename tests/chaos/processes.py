@@ -211,7 +211,7 @@ class Training:
         self._first += ["--seq-len", str(TOKENS), "--seed", str(seed), "--threads", "1"]
         self._first += ["--peft-config", str(stage.peft_config), "--dropout", "0.1"]
         self._first += ["--lr", "1e-2", "--lr-schedule", "cosine", "--warmup-steps", "5"]
-        # Clips every step, so that the scale sent to the trunk is never 1.
+        # Clips every step: the norm is of all parts together.
         self._first += ["--grad-clip", "0.1", *flags]
         if checkpoint_every:
             self._first += ["--checkpoint-every", str(checkpoint_every), "--keep-last", "2"]

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
-import json
 import queue
 from collections.abc import Mapping
 from typing import Any
 
 import grpc
 import torch
+from peft import LoraConfig
 
 from client_service.credentials import Credentials
+from client_service.trunk_function import Adapters
+from shared.models import SplitRange
 from shared.pb.trunkline.v1 import trunk_pb2 as pb
 from shared.versions import library_versions
 from shared.wire.messages import Inbox, to_frames
-from tests.chaos.stage import BATCH, HIDDEN, LORA, SPLIT, TOKENS
+from tests.chaos.stage import BATCH, HIDDEN, LORA, SIZES, SPLIT, TOKENS
+from tests.client_adapter import client_adapter, first_push
 
 _METHOD = f"/{pb.DESCRIPTOR.services_by_name['TrunkService'].full_name}/Session"
 _UNBOUNDED = 1 << 62
@@ -62,25 +66,35 @@ class RawSession:
                 return incoming.message
 
     def open(self) -> pb.SessionResponse:
-        """Asks for a session with an adapter; the answer may be an error."""
-        start, end = map(int, SPLIT.split(":"))
+        """Asks for a session; the answer may be an error."""
+        split = SplitRange.parse(SPLIT)
         body = pb.Open(
-            start_layer=start,
-            end_layer=end,
-            peft_config_json=json.dumps(LORA),
-            wire_dtype=pb.DATA_TYPE_FLOAT32,
+            start_layer=split.start,
+            end_layer=split.end,
             library_versions=library_versions(),
         )
         self.send(pb.SessionRequest(open=body))
         return self.receive()
 
-    def send_held_forward(self, request_id: str) -> None:
-        """Sends a forward whose graph the trunk is to keep."""
-        body = pb.Forward(request_id=request_id, keep_graph=True, training=True, step=1)
-        self.send(pb.SessionRequest(forward=body), {"hidden_states": STATES_BTD})
+    def send_held_forward(self, request_id: str, with_adapter: bool = True) -> None:
+        """Sends a forward whose graph the trunk is to keep, and an adapter, all of it."""
+        body = pb.Forward(request_id=request_id, keep_graph=True, training=True, state_version=1)
+        body.dropout_key = bytes(32)
+        tensors = {"hidden_states": STATES_BTD}
+        if with_adapter:
+            state, values = first_push(_adapter())
+            body.state.CopyFrom(state)
+            tensors |= values
+        self.send(pb.SessionRequest(forward=body), tensors)
 
     def abandon(self) -> None:
         """Dies without having closed the session."""
         self._call.cancel()
         self._outgoing.put(None)
         self._channel.close()
+
+
+@functools.cache
+def _adapter() -> Adapters:
+    config = LoraConfig(**LORA, fan_in_fan_out=True)  # type: ignore[arg-type]
+    return client_adapter(config, SplitRange.parse(SPLIT), **SIZES)

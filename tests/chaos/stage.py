@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from client_service.dropout_key import SECRET_VARIABLE
 from shared.bundled import model_dir, private_train_file
 from tests.models import save_tiny_model
 
@@ -18,6 +20,7 @@ _LINES = 400
 
 SPLIT = "2:4"
 BATCH, TOKENS, HIDDEN = 2, 32, 64
+SIZES = {"n_layer": 6, "n_embd": HIDDEN, "vocab_size": _VOCAB}
 LORA = {
     "peft_type": "LORA",
     "task_type": "CAUSAL_LM",
@@ -46,9 +49,7 @@ def set_stage(folder: Path) -> Iterator[Stage]:
     model = save_tiny_model(
         "gpt2",
         folder / "model",
-        n_layer=6,
-        n_embd=HIDDEN,
-        vocab_size=_VOCAB,
+        **SIZES,
         bos_token_id=0,
         eos_token_id=0,
     )
@@ -59,6 +60,7 @@ def set_stage(folder: Path) -> Iterator[Stage]:
     text.write_text("\n".join(lines), encoding="utf-8")
     peft_config = folder / "lora.json"
     peft_config.write_text(json.dumps(LORA), encoding="utf-8")
+    os.environ[SECRET_VARIABLE] = str(folder / "dropout_secret")  # of all processes of the stage
     stage = Stage(folder, model, text, peft_config)
     with stage.exits:
         yield stage
