@@ -55,7 +55,7 @@ class Matrices:
     def _value(self, name: str) -> torch.Tensor:
         if not self.served:
             raise SharedWeightsError(f"{name} is not given away: the host allows --serve-weights")
-        return self.trunk.matrix(name)
+        return self.trunk.matrix(name).clone()  # as the wire does
 
 
 class Pair:
