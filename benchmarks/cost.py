@@ -32,6 +32,7 @@ LOG = logging.getLogger("benchmarks")
 ROOT = Path(__file__).parents[1]
 BEFORE = "3fe214a"
 """The last commit whose trunk had an optimizer."""
+TITLE = f"A training step, every parameter at the client ÷ {BEFORE}"
 THREADS, PAIRS, WATCHED = 2, 15, 5
 MICRO = (1, 4)
 FLOAT = HOPS = 4
@@ -122,17 +123,20 @@ class Side:
         return found
 
 
-@contextmanager
-def both_sides() -> Iterator[tuple[Side, Side]]:
-    """A model of the tree before and one of today's, from the same adapter.
-
-    Raises:
-        subprocess.CalledProcessError: If git does not have the commit before.
-    """
+def tree_before() -> bytes:
+    """The files of the commit before, as a tar archive; empty if git does not have it here."""
     command = ["git", "-C", str(ROOT), "archive", BEFORE]
+    try:
+        return subprocess.run(command, check=True, capture_output=True).stdout
+    except (OSError, subprocess.CalledProcessError):
+        return b""
+
+
+@contextmanager
+def both_sides(archived: bytes) -> Iterator[tuple[Side, Side]]:
+    """A model of the tree before and one of today's, from the same adapter."""
     with tempfile.TemporaryDirectory() as scratch:
         tree, model, adapter = (Path(scratch) / name for name in ("tree", "model", "adapter"))
-        archived = subprocess.run(command, check=True, capture_output=True).stdout
         with tarfile.open(fileobj=io.BytesIO(archived)) as files:
             files.extractall(tree, filter="data")
         gpt2_small(model)
@@ -149,8 +153,10 @@ def both_sides() -> Iterator[tuple[Side, Side]]:
 
 def measure(quick: bool = False) -> list[Section]:
     """A step of both trees in turn, its bytes, and the share of comparing."""
-    pairs = 3 if quick else PAIRS
-    with both_sides() as (before, today):
+    pairs, archived = 3 if quick else PAIRS, tree_before()
+    if not archived:
+        return [Section("cost", TITLE, notes=[f"Not measured: git has no {BEFORE} here."])]
+    with both_sides(archived) as (before, today):
         sides = {"before": before, "today": today}
         found: dict[str, list[Step]] = {name: [] for name in sides}
         losses: dict[str, list[float]] = {name: [] for name in sides}
@@ -169,7 +175,7 @@ def measure(quick: bool = False) -> list[Section]:
 
 
 def _time(found: dict[str, list[Step]], loss_difference: float) -> Section:
-    section = Section("cost", f"A training step, every parameter at the client ÷ {BEFORE}")
+    section = Section("cost", TITLE)
     for name, steps in found.items():
         section.rows.append(
             {

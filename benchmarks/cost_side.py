@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
 import sys
 import time
 from collections.abc import Callable
@@ -80,6 +81,14 @@ def step(model: Any, optimizer: torch.optim.Optimizer, seed: int, micro: int) ->
 
 def main() -> None:
     folder, adapter, threads = sys.argv[1:]
+    # Not the trunk's as well, which may outlive this process: then nobody would see its end.
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+
+    def say(found: dict[str, Any]) -> None:
+        answers.write(json.dumps(found) + "\n")
+        answers.flush()
+
     keep_freed_memory()  # as `trunkline train` does
     torch.set_num_threads(int(threads))
     with local_trunk(folder, SPLIT, flags=("--threads", threads)) as address:
@@ -96,11 +105,6 @@ def main() -> None:
             found = step(model, optimizer, order["seed"], order["micro"])
             say(found | {"compared": compared.take(), "described": described.take()})
         model.remote_trunk.close()
-
-
-def say(found: dict[str, Any]) -> None:
-    sys.stdout.write(json.dumps(found) + "\n")
-    sys.stdout.flush()
 
 
 if __name__ == "__main__":
