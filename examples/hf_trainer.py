@@ -3,7 +3,7 @@
 import argparse
 
 from datasets import Dataset
-from peft import LoraConfig
+from peft import LoraConfig, get_peft_model
 from transformers import AutoTokenizer, Trainer, TrainingArguments, default_data_collator
 
 from client_service import SplitModelForCausalLM
@@ -23,11 +23,9 @@ tokenizer = AutoTokenizer.from_pretrained(args.model)
 blocks = token_blocks(read_texts(args.data), tokenizer, seq_len=128).tolist()
 dataset = Dataset.from_dict({"input_ids": blocks, "labels": blocks})
 
-model = SplitModelForCausalLM.from_pretrained(
-    args.model,
-    args.trunk,
-    peft_config=LoraConfig(task_type="CAUSAL_LM", r=8, target_modules="all-linear"),
-)
+split = SplitModelForCausalLM.from_pretrained(args.model, args.trunk)
+lora = LoraConfig(task_type="CAUSAL_LM", r=8, target_modules="all-linear")
+model = get_peft_model(split, lora)  # on all blocks, the trunk's too
 trainer = Trainer(
     model=model,
     args=TrainingArguments(
@@ -47,5 +45,5 @@ trainer = Trainer(
 trainer.train(resume_from_checkpoint=args.resume)
 
 trainer.save_model(f"{args.out}/adapter")  # one adapter of the whole model
-model.remote_trunk.close()
+split.remote_trunk.close()
 print(f"adapter: {args.out}/adapter")

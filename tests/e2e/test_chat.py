@@ -136,7 +136,12 @@ def test_control_c_counts_when_its_exception_is_lost(hook: str) -> None:
 
 @pytest.mark.slow
 def test_an_adapter_and_a_seed_decide_what_is_said(bundled_trunk: Daemon, tmp_path: Path) -> None:
-    config = LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=["c_attn", "c_proj", "c_fc"])
+    config = LoraConfig(
+        task_type="CAUSAL_LM",
+        r=4,
+        target_modules=["c_attn", "c_proj", "c_fc"],
+        fan_in_fan_out=True,
+    )
     split = SplitModelForCausalLM.from_pretrained(
         model_dir(), bundled_trunk.address, peft_config=config
     )

@@ -25,7 +25,7 @@ from peft import (
     PromptTuningConfig,
     get_peft_model,
 )
-from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
+from transformers import AutoModelForCausalLM
 
 from client_service import SplitModelForCausalLM
 from client_service.calls import SessionTerms
@@ -619,37 +619,6 @@ def test_a_saved_bare_model_is_one_of_ends_alone(
     assert torch.equal(again(ids).logits, ours(ids).logits)
     with pytest.raises(InvalidInputError, match="accepted is generate"):
         ours.generate_batch([ids[0].tolist()])
-
-
-def test_trainer_with_label_smoothing(pair: tuple[Any, Any], tmp_path: Path) -> None:
-    """Which Trainer decides by the class's name."""
-    logs = []
-    for name, model in zip(("ours", "theirs"), pair, strict=True):
-        arguments = TrainingArguments(
-            output_dir=str(tmp_path / name),
-            max_steps=3,
-            per_device_train_batch_size=2,
-            gradient_accumulation_steps=2,
-            label_smoothing_factor=0.1,
-            weight_decay=0.1,
-            logging_steps=1,
-            save_steps=2,
-            report_to="none",
-            use_cpu=True,
-            seed=3,
-            disable_tqdm=True,
-        )
-        ids = torch.randint(3, VOCAB, (24, 12), generator=torch.Generator().manual_seed(1))
-        data = [{"input_ids": row, "labels": row.clone()} for row in ids]
-        trainer = Trainer(model, arguments, train_dataset=data)
-        trainer.train()
-        logs.append([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
-    assert logs[0] == logs[1] and len(logs[0]) == 3
-    assert_same(*pair)
-    saved = [
-        tmp_path / n / "checkpoint-2" / "adapter_model.safetensors" for n in ("ours", "theirs")
-    ]
-    assert saved[0].read_bytes() == saved[1].read_bytes()
 
 
 def test_a_method_that_moves_its_values_in_a_forward_is_refused(
