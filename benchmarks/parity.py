@@ -218,11 +218,11 @@ def as_markdown(
 
 def summary(compared: list[dict[str, Any]], machine: str) -> str:
     worst = {
-        "loss": max(c["max_abs_loss_diff"] for c in compared),
-        "gradient of the first step": max(first_step(c) for c in compared),
-        "gradient of any step": max(c["max_abs_grad_diff"] for c in compared),
-        "trained weight": max(c["max_abs_adapter_diff"] for c in compared),
-        "reloaded logits": max(c["max_abs_reloaded_logit_diff"] for c in compared),
+        "loss": max((c["max_abs_loss_diff"] for c in compared), default=0.0),
+        "gradient of the first step": max((first_step(c) for c in compared), default=0.0),
+        "gradient of any step": max((c["max_abs_grad_diff"] for c in compared), default=0.0),
+        "trained weight": max((c["max_abs_adapter_diff"] for c in compared), default=0.0),
+        "reloaded logits": max((c["max_abs_reloaded_logit_diff"] for c in compared), default=0.0),
     }
     failed = sum(mark(c).startswith("**") for c in compared)
     differences = ", ".join(f"{name} {value:.1e}" for name, value in worst.items())
