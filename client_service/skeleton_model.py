@@ -214,7 +214,7 @@ class _Fetches:
         return _Fetched(of, name), (_Fetched(of, name, "rows"), _Fetched(of, name, "columns"))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class _Fetched:
     function: TrunkFunction
     name: str
@@ -223,6 +223,17 @@ class _Fetched:
 
     def __call__(self) -> torch.Tensor:
         return self.function.fetch(self.name, self.norms)
+
+    def _key(self) -> tuple[object, ...]:
+        info = self.function.session.info
+        held = info.weight_digest, info.quantization, info.compute_dtype
+        return (*held, self.name, self.norms)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Fetched) and self._key() == other._key()
+
+    def __hash__(self) -> int:
+        return hash(self._key())
 
 
 @dataclass(frozen=True)

@@ -21,8 +21,13 @@ from shared.errors import SharedWeightsError
 
 aten = torch.ops.aten
 
+_TOWARDS = (aten.copy_.default, aten.lerp_.Scalar, aten.lerp_.Tensor)
+_ALL_TOWARDS = (aten._foreach_copy_.default, aten._foreach_lerp_.Scalar)
+
 Fetch = Callable[[], torch.Tensor]
-"""Gives a matrix's numbers, or raises why it does not. Pickled with the model, if that is."""
+"""Gives a matrix's numbers, or raises why it does not. Pickled with the model, if that is.
+
+Those of one matrix are equal, whichever model they are of."""
 
 Norms = tuple[Fetch | None, Fetch | None]
 """What gives the 2-norm of each row, and of each column, in float32; None if nothing does."""
@@ -85,15 +90,17 @@ class RemoteTensor(torch.Tensor):
         names = [argument.name for argument in func._schema.arguments]
         given = dict(zip(names, args, strict=False)) | kwargs
         for argument in func._schema.arguments:
+            written = given.get(argument.name)
+            several = written if isinstance(written, list | tuple) else [written]
             writes = argument.alias_info is not None and argument.alias_info.is_write
-            if writes and isinstance(given.get(argument.name), cls):
-                raise _refusal(str(func))
+            if writes and any(isinstance(tensor, cls) for tensor in several):
+                return _written(func, args, kwargs)
         if any(result.alias_info is not None for result in func._schema.returns):
             return _views(func, args, kwargs)  # or a write into a view would go nowhere
         if func is aten.add.Tensor and _adds_nothing(*args, **kwargs):
-            of, dtype = args[0], torch.promote_types(args[0].dtype, args[1].dtype)
-            result = _Result(func, args, kwargs)
-            return RemoteTensor(of.shape, dtype, of.device, result, of.norms)
+            return args[0].like(torch.promote_types(args[0].dtype, args[1].dtype))
+        if func is aten.sub.Tensor and not kwargs and _is_same(*args):
+            return torch.zeros(args[0].shape, dtype=args[0].dtype, device=args[0].device)
         if func is aten.linalg_vector_norm.default and _is_of_rows(*args, **kwargs):
             return args[0].norms[0]().to(args[0].device)
         return _computed(func, args, kwargs)
@@ -176,6 +183,32 @@ def _views(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     if isinstance(found, torch.Tensor):
         return view(found)
     return type(found)(view(like, index) for index, like in enumerate(found))
+
+
+def _written(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Lets a matrix be replaced by, or moved towards, the very same one, as averages do.
+
+    Raises:
+        SharedWeightsError: If it would become another.
+    """
+    if func in _TOWARDS and _is_same(args[0], args[1]):
+        return args[0]
+    if func not in _ALL_TOWARDS:
+        raise _refusal(str(func))
+    pairs = list(zip(args[0], args[1], strict=True))
+    others = [pair for pair in pairs if not _is_same(*pair)]
+    if any(isinstance(tensor, RemoteTensor) for tensor, _ in others):
+        raise _refusal(str(func))
+    if others:
+        func(*map(list, zip(*others, strict=True)), *args[2:], **kwargs)
+    return None
+
+
+def _is_same(tensor: Any, other: Any) -> bool:
+    if not (isinstance(tensor, RemoteTensor) and isinstance(other, RemoteTensor)):
+        return False
+    alike = tensor.shape == other.shape and tensor.dtype == other.dtype
+    return alike and tensor.fetch == other.fetch
 
 
 def _adds_nothing(tensor: Any, other: Any, alpha: float = 1) -> bool:

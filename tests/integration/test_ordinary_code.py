@@ -16,7 +16,6 @@ from torch.optim.swa_utils import SWALR, AveragedModel, get_ema_multi_avg_fn
 
 from client_service import SplitModelForCausalLM
 from client_service.whole import largest_difference, load_whole, trained_weights
-from shared.errors import SharedWeightsError
 from tests.conftest import Daemon
 from tests.models import VOCAB, save_tiny_model
 
@@ -238,13 +237,20 @@ def test_a_larger_vocabulary_is_saved_with_its_embeddings(pair: Pair, tmp_path: 
     assert_equal(logits(again), logits(models[1].eval()))
 
 
-def test_an_average_of_the_base_weights_too_is_refused(pair: Pair) -> None:
-    """Of the whole model, torch's averages copy every parameter."""
-    ours, _ = pair.adapted()
-    average = AveragedModel(ours)
-    with pytest.raises(SharedWeightsError, match="would write into a base matrix"):
-        average.update_parameters(ours)
-    average.module.base_model.model.remote_trunk.close()
+@pytest.mark.parametrize("moving", [None, get_ema_multi_avg_fn(0.9)])
+def test_an_average_of_all_weights_is_the_whole_model_s(pair: Pair, moving: Any) -> None:
+    """Those of the trunk's blocks are the same in every model, and so in their average."""
+    found = []
+    for model in pair.adapted():
+        average = AveragedModel(model, multi_avg_fn=moving)
+        optimizer = torch.optim.SGD(trainable(model), lr=0.1)
+        for seed in range(3):
+            trained(model, optimizer, 1, seed)
+            average.update_parameters(model)
+        assert not torch.equal(logits(average.module), logits(model))
+        model.load_state_dict(average.module.state_dict())
+        found.append([logits(average.module), logits(model)])
+    assert_equal(*found)
 
 
 def test_a_reference_model_stays_as_it_was(pair: Pair) -> None:

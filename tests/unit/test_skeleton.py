@@ -154,7 +154,9 @@ def test_one_layer_copied_by_itself_is_copied_to_be_trained() -> None:
 def test_nothing_writes_into_a_matrix() -> None:
     whole = tiny_model("llama")
     weights = Weights(whole)
-    layer: Any = skeleton(whole, weights).get_submodule("model.layers.1.mlp.up_proj")
+    split = skeleton(whole, weights)
+    layer: Any = split.get_submodule("model.layers.1.mlp.up_proj")
+    other: Any = split.get_submodule("model.layers.2.mlp.up_proj")
     real = torch.zeros(layer.weight.shape)
     with torch.no_grad():
         for write in (
@@ -166,6 +168,9 @@ def test_nothing_writes_into_a_matrix() -> None:
             lambda: layer.weight.__setitem__(0, 1.0),
             lambda: setattr(layer.weight, "data", real),
             lambda: torch.add(real, real, out=layer.weight.data),
+            lambda: torch._foreach_mul_([real, layer.weight.data], 0.5),
+            lambda: torch._foreach_lerp_([layer.weight.data], [real], 0.5),
+            lambda: layer.weight.data.copy_(other.weight.data),
         ):
             with pytest.raises(SharedWeightsError, match="its tenants share"):
                 write()
