@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
-from peft import PeftConfig, inject_adapter_in_model
+from peft import PeftConfig, get_peft_model
 from torch import nn
 
 from client_service.adapter_structure import adapter_structure, adapter_tensors
@@ -31,12 +32,15 @@ def client_adapter(config: PeftConfig, split: SplitRange, **changes: Any) -> Ada
     family = family_of("gpt2")
     blocks = skeleton_blocks(whole.config, family, split, vectors, torch.float32, _no_matrices)
     holder = nn.ModuleDict({"h": nn.ModuleDict(dict(blocks))})
-    inject_adapter_in_model(config, nn.ModuleDict({"transformer": holder}))
+    plain = copy.deepcopy(config)
+    plain.task_type = None  # of a whole model
+    model: Any = nn.ModuleDict({"transformer": holder})
+    peft_config = get_peft_model(model, plain).peft_config
     named = [(f"{family.layer_prefix}{name}", block) for name, block in blocks]
     found = adapter_tensors(named, torch.float32)
     own = {name for name, _ in whole.named_parameters()} | {n for n, _ in whole.named_buffers()}
     tensors = [(value, tensor) for value, tensor in found if value.names[0] not in own]
-    return adapter_structure(named, {"default": config}), tensors
+    return adapter_structure(named, peft_config), tensors
 
 
 def first_push(adapters: Adapters) -> tuple[pb.AdapterState, dict[str, torch.Tensor]]:

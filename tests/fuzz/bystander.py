@@ -8,9 +8,7 @@ import time
 import torch
 from peft import LoraConfig
 
-from client_service.optimizer_spec import adamw
-from client_service.session import ForwardCall, SessionTerms, TrunkSession
-from shared.adapters.config import config_to_json
+from client_service import TrainingClient
 from shared.errors import ResourceExhaustedError, TrunklineError
 from tests.fuzz.valid import HIDDEN_SIZE
 from tests.patience import PATIENCE_S
@@ -25,16 +23,14 @@ class Bystander:
     """
 
     def __init__(self, address: str, every_s: float) -> None:
-        config = config_to_json(LoraConfig(r=4, target_modules=["c_attn", "c_fc"]))
-        self._session = TrunkSession(address, SessionTerms(peft_config_json=config, seed=7))
+        config = LoraConfig(r=4, target_modules=["c_attn", "c_fc"], fan_in_fan_out=True)
+        self._client = TrainingClient(address, config, seed=7)
         self._every_s = every_s
         generator = torch.Generator().manual_seed(3)
         self._hidden_BTD = torch.randn(2, 9, HIDDEN_SIZE, generator=generator)
+        self._trained = self._client.parameters()
         # Both of LoRA's matrices matter from the start.
-        self._start = {
-            name: torch.randn(weight.shape, generator=generator) * 0.05
-            for name, weight in self._session.adapter().items()
-        }
+        self._start = [torch.randn(p.shape, generator=generator) * 0.05 for p in self._trained]
         self.rounds = 0
         self.fault: str | None = None
         self._expected = self._round()
@@ -48,7 +44,7 @@ class Bystander:
         self._thread.join()
         if self.fault is None:
             self._check()
-            self._session.close()
+            self._client.close()
 
     def _run(self) -> None:
         while self.fault is None and not self._stop.wait(self._every_s):
@@ -70,20 +66,20 @@ class Bystander:
                 self.fault = f"the bystander got {type(error).__name__}: {error}"
                 return
         self.rounds += 1
-        changed = [n for n, t in found.items() if not torch.equal(t, self._expected[n])]
-        if changed or found.keys() != self._expected.keys():
+        pairs = zip(found, self._expected, strict=True)
+        changed = [number for number, (a, b) in enumerate(pairs) if not torch.equal(a, b)]
+        if changed:
             self.fault = f"the bystander's numbers changed in round {self.rounds}: {changed[:3]}"
 
-    def _round(self) -> dict[str, torch.Tensor]:
-        session, name = self._session, f"round{self.rounds}/{time.monotonic_ns()}"
-        session.restore(self._start, step=0)
-        call = ForwardCall(request_id=name, keep_graph=True, training=True, step=1)
-        output_BTD = session.forward(self._hidden_BTD, call).hidden_BTD
-        gradient_BTD, norm = session.backward(output_BTD, name)
-        assert gradient_BTD is not None
-        found = {"output": output_BTD, "gradient": gradient_BTD, "norm": torch.tensor(norm)}
-        found |= session.gradients()
-        # A learning rate of zero keeps the optimizer's moments, which differ from round to round,
-        # out of the weights.
-        session.step(1, 1.0, adamw(0.0))
-        return found | {f"after/{name}": weight for name, weight in session.adapter().items()}
+    def _round(self) -> list[torch.Tensor]:
+        """A step's output, gradients and, with the weights it leads to, another output."""
+        client = self._client
+        with torch.no_grad():
+            for parameter, start in zip(self._trained, self._start, strict=True):
+                parameter.copy_(start)
+                parameter.grad = None
+        output_BTD = client.forward(self._hidden_BTD, "round").detach()
+        found = [output_BTD, client.backward(output_BTD, "round")]
+        found += [p.grad for p in self._trained if p.grad is not None]
+        torch.optim.SGD(self._trained, lr=0.01).step()
+        return [*found, client.compute(self._hidden_BTD)]

@@ -28,6 +28,13 @@ def forward_of(specs: list[pb.TensorSpec], data: bytes, **fields: Any) -> pb.Ses
     return pb.SessionRequest(forward=pb.Forward(**fields), tensors=specs, data=data)
 
 
+def structure_of(structure: pb.Structure, values: Any = ()) -> pb.SessionRequest:
+    """A forward that brings a structure, and values whose numbers are missing."""
+    state = pb.AdapterState(version=1, structure=structure, values=values)
+    shape = [1, 1, HIDDEN_SIZE]
+    return forward_of([spec(shape)], bytes(4 * HIDDEN_SIZE), state=state, state_version=1)
+
+
 def wrong_lengths(built: Sequence) -> None:
     """Fewer or more bytes than were announced, in one frame or several."""
     size = 4 * HIDDEN_SIZE
@@ -91,15 +98,13 @@ def odd_values(built: Sequence) -> None:
             keep_graph=not cached,
             cache_id=name if cached else "",
             training=built.rng.random() < 0.5,
-            step=whole(built.rng),
-            micro=whole(built.rng) % 2**32,
+            state_version=built.version,
+            dropout_key=bytes(32),
         )
         built.send(pb.SessionRequest(forward=body), tensors)
-        backward = pb.Backward(request_id=name, penalty_gradient=real(built.rng))
-        backward.need_input_gradient = True
+        backward = pb.Backward(request_id=name, need_input_gradient=True)
         gradient = torch.full(shape, real(built.rng), dtype=torch.float64).to(torch.float32)
         built.send(pb.SessionRequest(backward=backward), {"gradient": gradient})
-    built.step()
 
 
 def odd_caches(built: Sequence) -> None:
@@ -121,6 +126,7 @@ def odd_caches(built: Sequence) -> None:
         hidden = torch.zeros(rng.choice((1, 1, 2, 4)), rng.choice((1, 1, 4, 60)), HIDDEN_SIZE)
         name = rng.choice(("c", "c", "d", "\0", "é" * 1000))
         body = pb.Forward(cache_id=name, cache_ops=edits, keep_graph=rng.random() < 0.05)
+        body.state_version = built.version
         built.send(pb.SessionRequest(forward=body), {"hidden_states": hidden})
 
 
@@ -130,17 +136,22 @@ def huge_strings(built: Sequence) -> None:
     text *= built.rng.choice((1000, 100_000, 2_900_000)) // len(text.encode())
     requests = (
         pb.SessionRequest(backward=pb.Backward(request_id=text)),
-        pb.SessionRequest(snapshot=pb.Snapshot(adapter=text)),
-        pb.SessionRequest(step=pb.Step(step=1, optimizer=pb.Optimizer(name=text))),
-        pb.SessionRequest(step=pb.Step(step=1, optimizer=pb.Optimizer(name="sgd",
-                                                                      flags={text: True}))),
-        pb.SessionRequest(add_adapter=pb.AddAdapter(adapter=text, peft_config_json="{}")),
-        pb.SessionRequest(add_adapter=pb.AddAdapter(adapter="a", peft_config_json=text)),
         pb.SessionRequest(release=pb.Release(request_ids=[text])),
-        pb.SessionRequest(restore=pb.Restore(weight_digest=text)),
         pb.SessionRequest(open=pb.Open(weight_digest=text)),
+        pb.SessionRequest(open=pb.Open(library_versions={text: text[:1000]})),
+        pb.SessionRequest(fetch=pb.Fetch(names=[text])),
+        pb.SessionRequest(fetch=pb.Fetch(norm_rows=[text])),
         forward_of([spec([0], name=text)], b""),
-        forward_of([spec([1, 1, HIDDEN_SIZE])], bytes(256), adapter=text),
+        structure_of(pb.Structure(adapters=[pb.AdapterSpec(name=text, peft_type="LORA")])),
+        structure_of(pb.Structure(adapters=[pb.AdapterSpec(name="a", peft_type=text)])),
+        structure_of(pb.Structure(adapters=[pb.AdapterSpec(
+            name="a", peft_type="LORA", target_modules=[text])])),
+        structure_of(pb.Structure(adapters=[pb.AdapterSpec(
+            name="a", peft_type="LORA", settings={text: pb.Setting(word=text)})])),
+        structure_of(pb.Structure(layers=[pb.LayerState(module=text, active=[text])])),
+        structure_of(pb.Structure(), [pb.Value(names=[text])]),
+        forward_of([spec([1, 1, HIDDEN_SIZE])], bytes(256), adapter_names=[text]),
+        forward_of([spec([1, 1, HIDDEN_SIZE])], bytes(256), attention=text),
         forward_of([spec([1, 1, HIDDEN_SIZE])], bytes(256), cache_id=text),
     )  # fmt: skip
     for request in built.rng.sample(requests, 3):
@@ -152,18 +163,25 @@ def huge_strings(built: Sequence) -> None:
 def gigantic_fields(built: Sequence) -> None:
     """Repeated fields with as many entries as fit into a frame."""
     many = built.rng.choice((1000, 100_000, 300_000))
-    names = [f"{i}" for i in range(many)]
+    names, a_matrix = [f"{i}" for i in range(many)], "transformer.h.3.attn.c_attn.weight"
     requests = (
         lambda: pb.SessionRequest(release=pb.Release(request_ids=names)),
-        lambda: pb.SessionRequest(snapshot=pb.Snapshot(parts=[1] * many)),  # type: ignore[list-item]
-        lambda: pb.SessionRequest(restore=pb.Restore(), tensors=[spec([0], name=n) for n in names]),
+        lambda: pb.SessionRequest(fetch=pb.Fetch(names=names)),
+        lambda: pb.SessionRequest(fetch=pb.Fetch(norm_rows=[a_matrix] * many)),
+        lambda: pb.SessionRequest(backward=pb.Backward(request_id="r0", values=names)),
+        lambda: structure_of(pb.Structure(adapters=[pb.AdapterSpec(name=n) for n in names])),
+        lambda: structure_of(pb.Structure(adapters=[pb.AdapterSpec(
+            name="a", peft_type="LORA", target_modules=names)])),
+        lambda: structure_of(pb.Structure(adapters=[pb.AdapterSpec(
+            name="a", peft_type="LORA", ranks=dict.fromkeys(names, 1))])),
+        lambda: structure_of(pb.Structure(layers=[pb.LayerState(module=n) for n in names])),
+        lambda: structure_of(pb.Structure(), [pb.Value(names=[n]) for n in names]),
+        lambda: structure_of(pb.Structure(), [pb.Value(names=names)]),
         lambda: forward_of([spec([0], name=n) for n in names], b""),
         lambda: forward_of([pb.TensorSpec() for _ in names], b""),
         lambda: forward_of([spec([1] * many)], b"1234"),
         lambda: forward_of([spec([1, 1, HIDDEN_SIZE])], bytes(256), cache_id="c",
                            cache_ops=[pb.CacheOp(repeat=pb.CacheOp.Repeat(repeats=1))] * many),
-        lambda: pb.SessionRequest(step=pb.Step(step=1, optimizer=pb.Optimizer(
-            name="sgd", hyperparameters=dict.fromkeys(names, 0.5)))),
     )  # fmt: skip
     built.send(built.rng.choice(requests)())
     built.frames[-1] = built.frames[-1][:MAX_FRAME]
@@ -181,7 +199,7 @@ def wrong_order(built: Sequence) -> None:
     built.frames[-len(frames) :] = frames
     for number in (0, 1, 2**64 - 1, 2**63, 5):
         body = pb.SessionRequest(id=number, acknowledged=whole(built.rng))
-        body.list_adapters.SetInParent()
+        body.fetch.SetInParent()
         built.frames.append(body.SerializeToString())
 
 
@@ -207,7 +225,7 @@ def hostile(rng: random.Random) -> Script:
     if rng.random() < 0.5:
         built.train_step()
     case(built)
-    built.send(pb.SessionRequest(list_adapters=pb.ListAdapters()))
+    built.fetch()
     return Script(case.__name__, [Stream(built.frames)])
 
 

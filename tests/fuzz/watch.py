@@ -15,7 +15,7 @@ HELD_BYTES = 200_000_000
 SESSION_HELD_BYTES = 50_000_000
 SLACK_BYTES = 400_000_000
 """What the process may use beside what it accounts for: gRPC's buffers, messages under way,
-optimizers' states, modules of sessions, and what the allocator does not give back."""
+modules of sessions, and what the allocator does not give back."""
 NEAR_START_BYTES = 250_000_000
 """How much more than at the start may be in use once all streams have ended."""
 
