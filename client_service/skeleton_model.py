@@ -113,6 +113,9 @@ def blocks_alone(session: TrunkSession) -> Any:
     with torch.device("meta"), no_init_weights():
         model = _split_class(family.full_class, False)(_ends_config(config, split))
     _put_blocks(model, config, family, split, session)
+    base = getattr(model, family.base)
+    if (rotary := getattr(base, "rotary_emb", None)) is not None:
+        base.rotary_emb = type(rotary)(config)  # an input of the blocks: it has numbers
     return model
 
 
