@@ -25,6 +25,7 @@ from shared.models import (
     GPT2TrunkModel,
     SplitRange,
     get_part_class,
+    load_part,
     open_checkpoint,
 )
 from shared.models.digest import client_digest
@@ -192,3 +193,21 @@ def test_a_mask_of_another_length_is_refused_before_it_is_sent(
     model = SplitModelForCausalLM.from_pretrained(folder, trunkd("--model", str(folder)).address)
     with pytest.raises((TensorError, RuntimeError)):
         model(IDS, attention_mask=MASK[:, :9])
+
+
+def test_a_trunk_by_itself_has_rotary_positions(
+    trunkd: Callable[..., Daemon], tmp_path: Path
+) -> None:
+    folder = save_tiny_model("llama", tmp_path / "model")
+    part = load_part(get_part_class("llama", "trunk"), folder, start_layer=1, end_layer=3)
+    hidden_BTD, mask = torch.randn(2, 7, 64), torch.ones(2, 7, dtype=torch.bool)
+    mask[0, :3] = False
+    expected_BTD = part(inputs_embeds=hidden_BTD, attention_mask=mask).last_hidden_state
+    with TrainingClient(trunkd("--model", str(folder), "--split", "1:3").address) as client:
+        found_BTD = client.forward(hidden_BTD, attention_mask=mask)
+        assert torch.equal(found_BTD, expected_BTD)
+        given_BTD = client.backward(torch.ones_like(found_BTD))
+    leaf_BTD = hidden_BTD.requires_grad_(True)
+    output_BTD = part(inputs_embeds=leaf_BTD, attention_mask=mask).last_hidden_state
+    (expected_BTD,) = torch.autograd.grad(output_BTD.sum(), leaf_BTD)
+    assert torch.equal(given_BTD, expected_BTD)
