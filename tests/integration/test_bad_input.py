@@ -10,7 +10,7 @@ from typing import Any, cast
 import grpc
 import pytest
 import torch
-from peft import LoraConfig
+from peft import LoraConfig, OFTConfig
 
 from client_service import SplitModelForCausalLM
 from client_service.calls import CacheEdit, ForwardCall, SessionTerms
@@ -210,6 +210,22 @@ def test_a_bad_value_changes_nothing(harm: Callable[..., None], tenant: ByHand) 
     with pytest.raises(AdapterError):
         tenant.push(HIDDEN, bad)
     assert torch.equal(tenant.forward(HIDDEN), before)
+
+
+def test_indices_that_point_outside_change_nothing(
+    trunkd: Callable[..., Daemon], tmp_path: Path
+) -> None:
+    folder = save_tiny_model("llama", tmp_path / "model")
+    daemon = trunkd("--model", str(folder), "--split", "1:3")
+    tenant = ByHand(daemon.address, OFTConfig(oft_block_size=4, target_modules=["q_proj"]))
+    before, push = tenant.forward(HIDDEN), tenant.everything()
+    at = next(i for i, v in enumerate(push.values) if v.names[0].endswith(".rows"))
+    for outside in (push.tensors[at] + 10**6, push.tensors[at] - 10**6):
+        tensors = (*push.tensors[:at], outside, *push.tensors[at + 1 :])
+        with pytest.raises(AdapterError, match="cannot be computed"):
+            tenant.push(HIDDEN, tenant.everything(tensors=tensors))
+    assert torch.equal(tenant.forward(HIDDEN), before)
+    tenant.close()
 
 
 def test_versions_are_what_both_sides_mean(tenant: ByHand) -> None:
