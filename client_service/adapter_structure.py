@@ -63,6 +63,11 @@ def adapter_tensors(blocks: Blocks, dtype: torch.dtype) -> list[tuple[Value, tor
     """
     found: dict[tuple[int, bool], tuple[torch.Tensor, list[str]]] = {}
     for path, module in _walk(blocks):
+        if dtype != torch.float32 and not getattr(module, "cast_input_dtype_enabled", True):
+            raise AdapterError(
+                f"{path} is not to cast its input, which the trunk does: accepted is that on a "
+                f"trunk that computes in float32"
+            )
         for is_buffer, kind in ((False, module._parameters), (True, module._buffers)):
             for name, tensor in kind.items():
                 if isinstance(tensor, RemoteTensor):
@@ -257,6 +262,8 @@ def _spec(
     check_adapter_name(name)
     targets = tuple(places.targets.get(name, ()))
     ranks = _by_module(config, "rank_pattern", getattr(config, "r", None), targets)
+    if hasattr(config, "rank_pattern"):
+        ranks |= _resized(name, targets, modules, ranks, getattr(config, "r", None))
     alpha = next((field for field in _ALPHAS if hasattr(config, field)), "")
     alphas = _by_module(config, "alpha_pattern", getattr(config, alpha, None), targets)
     settings = dict(_settings(config, alpha if len(alphas) == len(targets) else ""))
@@ -271,6 +278,19 @@ def _spec(
         alphas={path: float(number) for path, number in alphas.items()},
         settings=settings,
     )
+
+
+def _resized(
+    name: str,
+    targets: tuple[str, ...],
+    modules: Mapping[str, Any],
+    said: dict[str, Any],
+    usual: Any,
+) -> dict[str, Any]:
+    """Ranks that layers have and no pattern says: those that AdaLoRA left when it was saved."""
+    kept = {path: modules[path].__dict__.get("r") for path in targets}
+    own = {path: ranks.get(name) for path, ranks in kept.items() if isinstance(ranks, dict)}
+    return {p: rank for p, rank in own.items() if type(rank) is int and rank != said.get(p, usual)}
 
 
 def _settings(config: PeftConfig, without: str) -> Iterator[tuple[str, Setting]]:

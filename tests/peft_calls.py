@@ -21,8 +21,6 @@ _SERVED = "it reads base matrices: works where the host allows it by `--serve-we
 REFUSED: dict[str, str] = {
     "BaseTuner.merge_adapter": _MERGED,
     "BaseTuner.merge_and_unload": _MERGED,
-    "AdaLoraModel.resize_modules_by_rank_pattern": "the trunk builds layers of the configuration's "
-    "rank: an adapter whose ranks AdaLoRA has allocated is trained on, and not loaded anew",
     "helpers.KappaTuneSelector": _SERVED,
     "helpers.find_kappa_target_modules": _SERVED,
     "AdaptionPromptModel.*": "its prompts stand around whole attention layers, counted from the "

@@ -115,6 +115,8 @@ def add_adapters(
                 else:
                     tuner.peft_config[spec.name] = config
                     tuner.inject_adapter(model, spec.name)
+                for path, rank in spec.ranks.items():
+                    _resize(model.get_submodule(path), spec.name, rank, config)
     except Exception as error:
         refusal = _refusal(error, specs)
         # What PEFT had made so far would live as long as the frames that made it.
@@ -122,6 +124,14 @@ def add_adapters(
         discard(model)
         raise refusal from None
     return tuner
+
+
+def _resize(layer: Any, adapter: str, rank: int, config: PeftConfig) -> None:
+    """Gives a layer a rank that PEFT gave it after it had put the adapter there."""
+    ranks = layer.__dict__.get("r")
+    if isinstance(ranks, dict) and ranks.get(adapter) not in (None, rank):
+        alphas = layer.__dict__.get("lora_alpha", {})
+        layer.update_layer(adapter, rank, alphas.get(adapter), config=config)
 
 
 def discard(model: nn.Module) -> None:

@@ -40,7 +40,7 @@ def _saved_bytes(model: Any, tokens: int, hidden_size: int, dtype: torch.dtype) 
     saved: dict[int, int] = {}
 
     def count(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
+        storage = (tensor._values() if tensor.is_sparse else tensor).untyped_storage()
         if storage.data_ptr() not in weights:
             saved[storage.data_ptr()] = storage.nbytes()
         # Not the tensor itself: its node would hold it, and it the node, out of gc's sight.

@@ -112,6 +112,8 @@ class OffloadedGraph:
             self._file.close()
 
     def _pack(self, tensor: torch.Tensor) -> torch.Tensor | _Saved:
+        if tensor.layout is not torch.strided:
+            return tensor.detach()
         storage = tensor.untyped_storage()
         address = storage.data_ptr()
         if address in self._weights or not storage.nbytes():

@@ -184,6 +184,7 @@ def second_of(name: str, model: Any) -> Any:
 # One a line: they are a table.
 # fmt: off
 CALLS: dict[str, Case] = {
+    "AdaLoraModel.resize_modules_by_rank_pattern": Case(lambda m, _: with_rank_pattern(m), "AdaLoRA"),
     "PeftModel.active_adapters": Case(lambda m, _: m.active_adapters),
     "PeftModel.active_peft_config": Case(lambda m, _: m.active_peft_config.to_dict()),
     "PeftModel.add_adapter": Case(lambda m, _: other(m).set_adapter("other")),
@@ -315,7 +316,6 @@ CALLS: dict[str, Case] = {
 DONE: dict[str, Case] = {
     "BaseTuner.merge_adapter": Case(lambda m, _: m.base_model.merge_adapter()),
     "BaseTuner.merge_and_unload": Case(lambda m, _: m.base_model.merge_and_unload()),
-    "AdaLoraModel.resize_modules_by_rank_pattern": Case(lambda m, _: with_rank_pattern(m), "AdaLoRA"),
     "helpers.KappaTuneSelector": Case(lambda m, _: selected(m)),
     "helpers.find_kappa_target_modules": Case(lambda m, _: peft.helpers.find_kappa_target_modules(m.get_base_model(), show_progress=False)),
     "AdaptionPromptModel.*": Case(lambda m, _: logits(m), "adaption prompt"),
