@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 import torch
+from peft import get_peft_model
 from transformers import AutoModelForCausalLM
 
 from client_service import SplitModelForCausalLM
-from shared.adapters.weights import adapter_weights, load_adapter_weights
-from shared.adapters.wrap import wrap
+from client_service.whole import largest_difference, trained_weights
 from shared.pb.trunkline.v1 import trunk_pb2 as pb
 from tests.conftest import Daemon
 from tests.integration.test_offload import SMALL, run
@@ -58,14 +58,15 @@ def test_it_trains_as_the_whole_model_on_the_device(
     name = str(dtype).removeprefix("torch.")
     daemon = trunkd("--model", str(tiny_gpt2), "--split", "1:3", *CUDA, "--dtype", name)
     split: Any = SplitModelForCausalLM.from_pretrained(
-        tiny_gpt2, daemon.address, peft_config=lora(), dtype=dtype, wire_format=name
+        tiny_gpt2, daemon.address, peft_config=lora(), seed=0, dtype=dtype, wire_format=name
     )
-    whole: Any = wrap(AutoModelForCausalLM.from_pretrained(tiny_gpt2, dtype=dtype), lora(), 0, "w")
-    session = split.remote_trunk.session
-    load_adapter_weights(whole, adapter_weights(split) | session.adapter())
+    torch.manual_seed(0)
+    whole: Any = AutoModelForCausalLM.from_pretrained(tiny_gpt2, dtype=dtype)
+    whole = get_peft_model(whole, lora())
+    assert largest_difference(trained_weights(split), trained_weights(whole)) == 0.0
     assert steps(split, ends) == pytest.approx(steps(whole, "cuda"), abs=loss_off)
-    found = adapter_weights(split) | session.adapter()
-    for key, tensor in adapter_weights(whole).items():
+    found = trained_weights(split)
+    for key, tensor in trained_weights(whole).items():
         torch.testing.assert_close(found[key].cpu(), tensor.cpu(), atol=weight_off, rtol=0)
     split.remote_trunk.close()
 
