@@ -33,6 +33,7 @@ from shared.models.quantization import shared_tensors
 from trunk_service.adapter_build import TreeLimits, add_adapters, check_specs, discard
 
 _SHORT = 3  # names in a message
+_INDICES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
 @dataclass(frozen=True)
@@ -156,6 +157,10 @@ class TenantTree:
             raise AdapterError(f"adapter_names are not accepted: {error}") from error
         try:
             yield
+        except TypeError as error:  # of a layer that passes on what it does not know (AdaLoRA's)
+            if "adapter_names" not in str(error):
+                raise
+            raise AdapterError("adapter_names are not accepted with this method") from error
         finally:
             context.__exit__(None, None, None)
 
@@ -292,6 +297,11 @@ def _new_leaves(
             _refuse([reason for reason in reasons if reason] or ["a tensor without a name"])
     device = next(iter(built.base.values())).device
     for value, tensor in zip(values, tensors, strict=True):
+        if device.type != "cpu" and tensor.dtype in _INDICES:
+            raise AdapterError(
+                f"{value.names[0]} holds whole numbers, which PEFT may take for indices: accepted "
+                f"on {device} are none, because one out of range would end the trunk"
+            )
         leaf = tensor.detach().to(device, copy=True)
         wanted = value.requires_grad and (leaf.is_floating_point() or leaf.is_complex())
         leaf = leaf.requires_grad_(wanted) if value.is_buffer else nn.Parameter(leaf, wanted)

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, PeanutConfig, PveraConfig
+from peft import AdaLoraConfig, LoraConfig, PeanutConfig, PveraConfig
 
 from client_service.adapter_structure import (
     adapter_structure,
@@ -149,6 +149,22 @@ def test_each_row_of_a_batch_with_an_adapter_of_its_own(trunks: Trunks, family: 
         assert not torch.equal(run_tree(tree, hidden), out)
     with pytest.raises(AdapterError, match="adapter_names"), tree.mixed(["absent", "other"]):
         pass
+
+
+def test_rows_with_adapters_of_their_own_are_refused_where_peft_cannot(trunks: Trunks) -> None:
+    pair = Pair("gpt2", trunks("gpt2"))
+    config = AdaLoraConfig(
+        task_type="CAUSAL_LM", total_step=9, target_modules=["c_attn"], fan_in_fan_out=True
+    )
+    pair.adapt_whole(config)
+    pair.adapt_split(config)
+    names, tree = ["default", "__base__"], pair.tree()
+    tree.train(False)
+    pair.peft.eval()
+    with pytest.raises(TypeError), pair.peft._enable_peft_forward_hooks(adapter_names=names):
+        pair.run_whole()
+    with pytest.raises(AdapterError, match="adapter_names"), tree.mixed(names):
+        run_tree(tree, torch.zeros(2, 3, 64))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
