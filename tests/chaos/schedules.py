@@ -19,6 +19,7 @@ from collections.abc import AsyncIterator, Callable, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from hypothesis import HealthCheck, settings
@@ -31,7 +32,6 @@ from client_service.session import TrunkSession
 from client_service.trunk_function import TrunkFunction
 from shared.pb.trunkline.v1 import trunk_pb2 as pb
 from shared.wire.error_codes import to_exception
-from shared.wire.formats import WireFormat
 from shared.wire.messages import Inbox, to_frames
 from tests.chaos.reference import (
     LIMITS,
@@ -139,14 +139,6 @@ class Caller:
         self._waits.release()
 
 
-class Session(TrunkSession):
-    """The client's session on a link that the schedule drives."""
-
-    def __init__(self, link: Any) -> None:
-        self._link, self.terms = link, SessionTerms()
-        self.activation_format = self.gradient_format = WireFormat.FLOAT32
-
-
 @dataclass
 class _Pending:
     message: pb.SessionRequest
@@ -167,7 +159,9 @@ class Network(RuleBasedStateMachine):
         self.broken = False
         self.old: list[Wire] = []
         self.wire = self.connect(pb.Open.FromString(OPEN.SerializeToString()))
-        self.function = TrunkFunction(Session(self), {}, torch.float32)
+        with patch("client_service.session.SessionLink", lambda *given: self):
+            session = TrunkSession("trunk:1", SessionTerms())
+        self.function = TrunkFunction(session, {}, torch.float32)
         self.function._end.detach()
         self.adapters = fresh_adapters()
         self.callers: list[Caller] = []
