@@ -63,7 +63,8 @@ class TrunkSession:
         self._credentials = credentials
         self.activation_format = terms.activation_format
         self.gradient_format = terms.gradient_format
-        """How hidden states and gradients travel from now on; may be changed between requests."""
+        self.adapter_format = terms.adapter_format
+        """How all of these travel from now on; may be changed between requests."""
         self._link = SessionLink(
             split_addresses(address),
             self._open_message,
@@ -136,7 +137,7 @@ class TrunkSession:
         if call.position_ids is not None:
             tensors["position_ids"] = call.position_ids.to(torch.int64)
         if call.push is not None:
-            how = self.terms.adapter_format
+            how = self.adapter_format
             tensors |= {f"value/{i}": pack_value(t, how) for i, t in enumerate(call.push.tensors)}
         tensors |= {f"past/{i}": tensor.contiguous() for i, tensor in enumerate(call.past)}
         body = pb.Forward(
@@ -148,7 +149,7 @@ class TrunkSession:
             cached_tokens=call.cached_tokens,
             answer_format=from_format(wire_format),
             state_version=call.state_version,
-            state=_state(call.push, self.terms.adapter_format),
+            state=_state(call.push, self.adapter_format),
             adapter_names=call.adapter_names,
             attention=call.attention,
             dropout_key=call.dropout_key,
@@ -200,7 +201,7 @@ class TrunkSession:
             past=past,
             keep_graph=keep_graph,
             answer_format=from_format(self.gradient_format),
-            value_format=from_format(self.terms.adapter_format),
+            value_format=from_format(self.adapter_format),
         )
         tensors = {"gradient": pack(gradient_BTD, self.gradient_format, is_gradient=True)}
         answer = self._link.ask(pb.SessionRequest(backward=body), tensors)

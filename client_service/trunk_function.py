@@ -33,6 +33,7 @@ from shared.errors import (
     UnknownRequestError,
 )
 from shared.models import open_checkpoint
+from shared.wire.formats import WireFormat
 
 _ATTEMPTS = 3
 
@@ -190,6 +191,14 @@ class TrunkFunction:
             yield
         finally:
             self._here.exact = False
+
+    def in_full(self) -> None:
+        """Lets everything travel in float32 from now on, what was sent before once more."""
+        session = self.session
+        session.activation_format = session.gradient_format = WireFormat.FLOAT32
+        session.adapter_format = WireFormat.FLOAT32
+        with self._lock:
+            self._sent.forget()
 
     def close(self) -> None:
         """Ends the session."""

@@ -17,7 +17,6 @@ import torch
 from client_service.random_state import random_tensors, restore_torch
 from client_service.trunk_function import TrunkFunction
 from shared.errors import InvalidInputError
-from shared.wire.formats import WireFormat
 
 logger = logging.getLogger(__name__)
 
@@ -88,7 +87,7 @@ class WireGuard:
             "on everything travels in float32",
             *(loss, session.activation_format.value, self._bound, expected),
         )
-        session.activation_format = session.gradient_format = WireFormat.FLOAT32
+        self._remote.in_full()
         self.alarmed = True
 
 

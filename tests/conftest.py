@@ -20,6 +20,7 @@ import pytest
 import torch
 
 import client_service.link
+from client_service.dropout_key import SECRET_VARIABLE
 from tests.forked import ForkedDaemon
 from tests.models import save_tiny_model
 from tests.patience import PATIENCE_S
@@ -38,6 +39,12 @@ hypothesis.settings.load_profile("any machine")
 def pytest_configure(config: pytest.Config) -> None:
     # PEFT asks transformers by an old name; theirs to mend.
     config.addinivalue_line("filterwarnings", "ignore:`is_gradient_checkpointing`:FutureWarning")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def secret_of_dropout(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """No test makes, or reads, that of whoever runs it; of daemons and commands neither."""
+    os.environ[SECRET_VARIABLE] = str(tmp_path_factory.mktemp("secret") / "dropout_secret")
 
 
 @pytest.fixture(autouse=True)

@@ -9,6 +9,7 @@ connection broke on.
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Coroutine, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -24,6 +25,7 @@ Answer = tuple[pb.SessionResponse, Mapping[str, Packed]]
 class _Kept:
     kind: str
     task: asyncio.Task[Answer]
+    answered_at: float = float("inf")
 
     @property
     def nbytes(self) -> int:
@@ -87,7 +89,8 @@ class KeptAnswers:
         self._bound()
         task = asyncio.get_running_loop().create_task(work)
         task.add_done_callback(_strip)
-        self._kept[message_id] = _Kept(kind, task)
+        kept = self._kept[message_id] = _Kept(kind, task)
+        task.add_done_callback(lambda _: setattr(kept, "answered_at", time.monotonic()))
         return task
 
     def acknowledge(self, up_to: int) -> None:
@@ -95,6 +98,15 @@ class KeptAnswers:
         for message_id in [i for i in self._kept if i <= up_to]:
             if self._kept[message_id].task.done():
                 self._forget(message_id)
+
+    def forget_older(self, seconds: float) -> None:
+        """Forgets what was answered so long ago: a client that is still idle has it.
+
+        One that has lost it, and has not noticed that for so long, asks again in a new session.
+        """
+        horizon = time.monotonic() - seconds
+        for message_id in [i for i, kept in self._kept.items() if kept.answered_at < horizon]:
+            self._forget(message_id)
 
     def forget_all(self) -> None:
         """Forgets every answer: nobody can come back for them."""

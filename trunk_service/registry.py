@@ -35,6 +35,10 @@ logger = logging.getLogger(__name__)
 # Answers that wait for a client to come back and fetch them, in bytes of one session.
 _KEPT_ANSWER_BYTES = 64 * 1024**2
 
+# How long they are kept where the connection seems to live: a backward's is as large as the
+# adapter, and its client may be idle for hours.
+_KEPT_ANSWER_S = 5.0
+
 
 @dataclass
 class OpenSession:
@@ -172,6 +176,12 @@ class SessionRegistry:
             if not session.attached and session.last_used < horizon:
                 logger.info("session abandoned", extra={"session": session.session_id})
                 self.close(session)
+
+    def forget_old_answers(self) -> None:
+        """Forgets what was answered a while ago to clients that are here."""
+        for session in self.sessions():
+            if session.attached:
+                session.answers.forget_older(_KEPT_ANSWER_S)
 
     def free_expired_requests(self) -> None:
         """Frees held state whose backward never came, each on its session's turn."""

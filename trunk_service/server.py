@@ -94,7 +94,7 @@ class TrunkServer:
         """Refuses new work, lets what is under way finish, then stops.
 
         Args:
-            timeout_s: How long clients may take to send the backwards and steps that are open.
+            timeout_s: How long clients may take to send the backwards that are open.
         """
         logger.info("draining", extra={"sessions": len(self._registry)})
         self._registry.draining = True
@@ -121,6 +121,7 @@ class TrunkServer:
             try:
                 self._servicer.end_expired()
                 self._registry.close_abandoned()
+                self._registry.forget_old_answers()
                 self._registry.quotas.forget_idle()
                 self._registry.free_expired_requests()
                 await asyncio.to_thread(self._registry.return_memory_when_idle)

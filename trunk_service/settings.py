@@ -102,7 +102,7 @@ class TrunkSettings(BaseSettings):
     peft_methods: tuple[str, ...] = _LIMITS.peft_methods
     """PEFT methods that tenants may use, as PEFT writes them; without it, all."""
     serve_weights: bool = _LIMITS.serve_weights
-    """Let tenants read base matrices of the blocks, as PiSSA, OLoRA and merging need."""
+    """Let tenants read base matrices of the blocks, as copies for modules_to_save need."""
     check_finite: bool = _LIMITS.check_finite
     """Refuse hidden states and gradients with NaN or Inf; loss scaling needs them to pass."""
     held_bytes: int = Field(default=_LIMITS.held_bytes, ge=1, le=_MOST_IN_ALL)
