@@ -13,7 +13,6 @@ from typing import Literal, TypeAlias
 import torch
 from peft import PeftConfig, PeftType
 from transformers import PreTrainedConfig
-from transformers.initialization import no_init_weights
 
 from shared.errors import AdapterError
 from shared.models import SplitRange
@@ -197,7 +196,7 @@ def _in_parts(wanted: list[str], kept: str, config: PreTrainedConfig) -> list[st
     Raises:
         AdapterError: If one of them is in none.
     """
-    with torch.device("meta"), no_init_weights():
+    with torch.device("meta"):
         model = family_of(config.model_type).full_class(config)
     names = [name for name, _ in model.named_modules() if re.fullmatch(kept, name)]
     found = {name for name in names for w in wanted if f".{name}".endswith(f".{w}")}

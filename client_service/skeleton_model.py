@@ -16,7 +16,6 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import AutoConfig, GenerationConfig, PreTrainedConfig
-from transformers.initialization import no_init_weights
 
 from client_service.ends import mark_as_ends
 from client_service.fused_loss import with_fused_loss
@@ -27,7 +26,7 @@ from shared.errors import InvalidInputError
 from shared.models import Checkpoint, SplitRange
 from shared.models.dropout import set_dropout
 from shared.models.families import Family, family_of
-from shared.models.loading import fill
+from shared.models.loading import Undrawn, fill
 from shared.models.onednn import use_onednn
 from shared.models.quantization import quantize as quantize_layers
 from shared.models.single_row import spread_single_rows
@@ -71,7 +70,7 @@ def with_skeleton(
         TrunklineError: If the trunk does not give the blocks' vectors.
     """
     family, config = checkpoint.family, checkpoint.config
-    with no_init_weights():
+    with Undrawn():
         model = _split_class(family.full_class, fused_loss)(_ends_config(config, split))
     base = getattr(model, family.base)
     below, above = _own_layers(list(getattr(base, family.layers)), checkpoint, split)
@@ -110,7 +109,7 @@ def blocks_alone(session: TrunkSession) -> Any:
     info = session.info
     config = AutoConfig.for_model(**json.loads(info.config_json))
     family, split = family_of(config.model_type), SplitRange(info.start_layer, info.end_layer)
-    with torch.device("meta"), no_init_weights():
+    with torch.device("meta"):
         model = _split_class(family.full_class, False)(_ends_config(config, split))
     _put_blocks(model, config, family, split, session)
     base = getattr(model, family.base)

@@ -7,14 +7,37 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedConfig
-from transformers.initialization import no_init_weights
 
 from shared.errors import CheckpointError
 from shared.models.checkpoint import Checkpoint, open_checkpoint
 from shared.models.families import HEAD
 
 LM_HEAD = f"{HEAD}.weight"
+
+_DRAWING = ("normal_", "uniform_", "trunc_normal_", "kaiming_uniform_", "xavier_uniform_")
+
+
+class Undrawn(TorchFunctionMode):
+    """Draws no fresh weights, in this thread, for who reads them from a file.
+
+    What transformers has for this replaces torch's functions in all threads of the process, which
+    then make adapters of whatever the memory held.
+    """
+
+    def __torch_function__(
+        self,
+        func: Any,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        """Leaves a tensor as it is, or does what was asked."""
+        kwargs = kwargs or {}
+        if getattr(func, "__name__", "") in _DRAWING:  # torch's, or what stands in its place
+            return args[0] if args else kwargs["tensor"]
+        return func(*args, **kwargs)
 
 
 def load_part(
@@ -53,7 +76,7 @@ def load_part(
     config = config or checkpoint.config
     start = _first(start_layer, described.get("start_layer"), 0)
     end = _first(end_layer, described.get("end_layer"), config.num_hidden_layers)
-    with no_init_weights():
+    with Undrawn():
         part = cls.for_range(config, start, end)
     fill(part, checkpoint, dtype)
     return part.eval()

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import PreTrainedConfig
-from transformers.initialization import no_init_weights
 from transformers.pytorch_utils import Conv1D
 
 from shared.models.families import Family
@@ -97,7 +96,7 @@ def skeleton_blocks(
     Returns:
         Global names and blocks, frozen.
     """
-    with torch.device("meta"), no_init_weights():
+    with torch.device("meta"):
         base = family.base_class(config)
     blocks = list(getattr(base, family.layers))[split.start : split.end]
     named = [(str(split.start + i), block) for i, block in enumerate(blocks)]

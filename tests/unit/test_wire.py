@@ -43,7 +43,7 @@ def inbox(limit: int = 1 << 30) -> Inbox[pb.SessionRequest]:
 @pytest.mark.parametrize("dtype", TORCH_DTYPES.values(), ids=str)
 def test_every_dtype_arrives_bit_for_bit(dtype: torch.dtype) -> None:
     sent = {"a": (torch.rand(3, 5) * 100).to(dtype), "none": torch.empty(0, 4, dtype=dtype)}
-    frames = list(to_frames(pb.SessionRequest(id=1, restore=pb.Restore()), sent))
+    frames = list(to_frames(pb.SessionRequest(id=1, forward=pb.Forward()), sent))
     incoming = inbox().feed(frames[0])
     assert incoming is not None and len(frames) == 1
     assert all(torch.equal(incoming.tensors[n], t) for n, t in sent.items())
@@ -52,10 +52,10 @@ def test_every_dtype_arrives_bit_for_bit(dtype: torch.dtype) -> None:
 
 def test_small_tensors_share_a_frame_and_no_frame_is_too_large() -> None:
     few = {"a": torch.randn(7, 3), "b": torch.ones(5, dtype=torch.bool), "c": torch.tensor([3])}
-    assert len(list(to_frames(pb.SessionRequest(id=1, restore=pb.Restore()), few))) == 1
+    assert len(list(to_frames(pb.SessionRequest(id=1, forward=pb.Forward()), few))) == 1
     # As an optimizer's state of many layers: the announcement alone is more than a megabyte.
     many = {f"optimizer/model.layers.{n}.{'lora' * 20}": torch.randn(256) for n in range(12_000)}
-    frames = list(to_frames(pb.SessionRequest(id=1, restore=pb.Restore()), many))
+    frames = list(to_frames(pb.SessionRequest(id=1, forward=pb.Forward()), many))
     assert max(map(len, frames)) <= MAX_FRAME_BYTES
     box = inbox()
     found = [box.feed(frame) for frame in frames]
@@ -67,7 +67,7 @@ def test_small_tensors_share_a_frame_and_no_frame_is_too_large() -> None:
 def test_messages_in_chunks_may_interleave() -> None:
     sent = [torch.randn(CHUNK_BYTES // 4 * 2 + n) for n in (0, 1, 7)]
     streams = [
-        list(to_frames(pb.SessionRequest(id=n + 1, restore=pb.Restore()), {"t": t}))
+        list(to_frames(pb.SessionRequest(id=n + 1, forward=pb.Forward()), {"t": t}))
         for n, t in enumerate(sent)
     ]
     box, whole = inbox(), {}
@@ -82,12 +82,12 @@ def test_messages_in_chunks_may_interleave() -> None:
 def test_a_refused_message_is_reported_once_and_the_stream_goes_on() -> None:
     box = inbox(limit=100)
     large = list(
-        to_frames(pb.SessionRequest(id=1, restore=pb.Restore()), {"t": torch.zeros(CHUNK_BYTES)})
+        to_frames(pb.SessionRequest(id=1, forward=pb.Forward()), {"t": torch.zeros(CHUNK_BYTES)})
     )
     refused = box.feed(large[0])
     assert refused is not None and isinstance(refused.error, TensorError)
     assert [box.feed(frame) for frame in large[1:]] == [None] * (len(large) - 1)
-    small = to_frames(pb.SessionRequest(id=2, restore=pb.Restore()), {"t": torch.zeros(3)})
+    small = to_frames(pb.SessionRequest(id=2, forward=pb.Forward()), {"t": torch.zeros(3)})
     accepted = box.feed(next(small))
     assert accepted is not None and accepted.error is None
 
@@ -97,7 +97,7 @@ def test_a_refused_message_is_reported_once_and_the_stream_goes_on() -> None:
     [
         errors.TensorError("a"),
         errors.AdapterError("b"),
-        errors.StepConflictError("c"),
+        errors.StaleStateError("c"),
         errors.ResourceExhaustedError("d", 2.5),
         errors.DrainingError("e"),
     ],

@@ -353,15 +353,16 @@ class SessionRequest(_message.Message):
     RELEASE_FIELD_NUMBER: _builtins.int
     FETCH_FIELD_NUMBER: _builtins.int
     CLOSE_FIELD_NUMBER: _builtins.int
-    DATA_FIELD_NUMBER: _builtins.int
     ACKNOWLEDGED_FIELD_NUMBER: _builtins.int
+    DATA_FIELD_NUMBER: _builtins.int
     id: _builtins.int
     """Grows by at least one with every new message of a session. A message that comes again under its
     id is not done again: it gets the answer that the first got.
     """
-    data: _builtins.bytes
     acknowledged: _builtins.int
     """Answers to all ids up to this one have arrived: the trunk need not keep them any more."""
+    data: _builtins.bytes
+    """The last number whose tag is one byte."""
     @_builtins.property
     def tensors(self) -> _containers.RepeatedCompositeFieldContainer[Global___TensorSpec]: ...
     @_builtins.property
@@ -387,8 +388,8 @@ class SessionRequest(_message.Message):
         release: Global___Release | None = ...,
         fetch: Global___Fetch | None = ...,
         close: Global___Close | None = ...,
-        data: _builtins.bytes = ...,
         acknowledged: _builtins.int = ...,
+        data: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["backward", b"backward", "body", b"body", "close", b"close", "fetch", b"fetch", "forward", b"forward", "open", b"open", "release", b"release"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
