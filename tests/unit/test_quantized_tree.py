@@ -34,7 +34,8 @@ def test_the_tree_is_what_peft_makes_of_such_blocks(
     tmp_path: Path, family: str, kind: str, dtype: torch.dtype
 ) -> None:
     path = save_tiny_model(family, tmp_path / family, **changes(family))
-    part: Any = Trunk.load(path, SPLIT, torch.device("cpu"), dtype, kind)._part
+    trunk = Trunk.load(path, SPLIT, torch.device("cpu"), dtype, kind)
+    part: Any = trunk._part
     config = LoraConfig(
         r=4,
         target_modules=["c_attn", "c_fc", "q_proj", "up_proj"],
@@ -43,7 +44,7 @@ def test_the_tree_is_what_peft_makes_of_such_blocks(
     )
     reference: Any = copy.deepcopy(part, {id(t): t for t in shared_tensors(part)})
     get_peft_model(reference, copy.deepcopy(config))
-    split = _hollow(family, part, dtype)
+    split = _hollow(family, trunk, dtype)
     adapted = get_peft_model(split, copy.deepcopy(config))
     prefix = family_of(family).layer_prefix
     blocks = [(f"{prefix}{i}", split.get_submodule(f"{prefix}{i}")) for i in (1, 2)]
@@ -70,13 +71,14 @@ def test_the_tree_is_what_peft_makes_of_such_blocks(
     assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
 
 
-def _hollow(family: str, part: Any, dtype: torch.dtype) -> Any:
+def _hollow(family: str, trunk: Trunk, dtype: torch.dtype) -> Any:
     """The whole model with hollow blocks as this trunk's: linear where it quantised a Conv1D."""
+    part: Any = trunk._part
     made = tiny_model(family, **changes(family)).to(dtype)
     rules = family_of(family)
     vectors = {n: p for n, p in part.named_parameters() if p.ndim < 2}
     linear = frozenset(n for n, m in part.named_modules() if isinstance(m, nn.Linear))
-    kept = Matrices(part, served=False)
+    kept = Matrices(trunk, served=False)
     blocks = skeleton_blocks(made.config, rules, SPLIT, vectors, dtype, kept, linear)
     layers = made.get_submodule(rules.layer_prefix.rstrip("."))
     for name, block in blocks:

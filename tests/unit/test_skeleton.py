@@ -163,7 +163,7 @@ def test_nothing_writes_into_a_matrix() -> None:
             lambda: layer.weight.copy_(real),
             lambda: layer.weight.mul_(2),
             lambda: layer.weight.data.zero_(),
-            lambda: nn.init.normal_(layer.weight),
+            lambda: layer.weight.normal_(),
             lambda: layer.weight.add_(real),
             lambda: layer.weight.__setitem__(0, 1.0),
             lambda: setattr(layer.weight, "data", real),
