@@ -49,7 +49,7 @@ class ClientState:
         self._limits = TreeLimits(
             limits.max_adapters_per_session, limits.max_adapter_rank, limits.max_adapter_parameters
         )
-        self._tree = trunk.new_tree(self._limits)
+        self._own: TenantTree | None = None
         self._methods = limits.peft_methods
         self._attention = trunk.config._attn_implementation
         self._bytes = self._numbers = 0
@@ -58,7 +58,12 @@ class ClientState:
         self.budget, self.on_close = budget, list[Callable[[], None]]()
         self.version = 0
         """Of the values that are here; 0 before any came."""
-        self._measure()
+
+    @property
+    def _tree(self) -> TenantTree:
+        """What is computed with; there once a forward's version was taken."""
+        assert self._own is not None
+        return self._own
 
     @property
     def state(self) -> TreeState:
@@ -82,8 +87,8 @@ class ClientState:
 
     @property
     def may_mix(self) -> bool:
-        """False once it is known that its rows cannot; may be asked from any thread."""
-        return self._lora is not None or not self._lora_is_known
+        """False if it is known that its rows cannot; may be asked from any thread."""
+        return self._own is not None and (self._lora is not None or not self._lora_is_known)
 
     def mixes(self, request: ForwardRequest) -> bool:
         """Whether a forward's rows may be computed beside those of others."""
@@ -104,6 +109,9 @@ class ClientState:
                     f"the forward means version {version} of the client's adapters; here is "
                     f"{self.version}"
                 )
+            if self._own is None:  # bare blocks, which few clients ask for
+                self._own = self._trunk.new_tree(self._limits)
+                self._measure()
             return
         if push.version != version:
             raise ProtocolError(f"version {version} is meant, {push.version} was sent")
@@ -113,15 +121,17 @@ class ClientState:
             )
         self._check_methods(push)
         self._lora_is_known = False
-        tree, state = self._tree, self._tree.state
+        before = self._own
+        state = None if before is None else before.state
         self._reserve(push)
         try:
-            if _may_fail(state, self._tree.state):
+            if state is None or _may_fail(state, self._tree.state):
                 self._try()
         except BaseException:
-            tree.restore(state)
-            self._tree = tree
-            self._account(tree)
+            if before is not None and state is not None:
+                before.restore(state)
+            self._own = before
+            self._account(before)
             raise
         self.version = push.version
 
@@ -171,9 +181,8 @@ class ClientState:
         """Frees the values."""
         while self.on_close:
             self.on_close.pop()()
-        self._tree = self._trunk.new_tree(self._limits)
-        self._account(self._tree)
-        self.version = 0
+        self._own, self.version = None, 0
+        self._account(None)
 
     def _check_methods(self, push: StatePush) -> None:
         for spec in push.structure.adapters if push.structure else ():
@@ -185,22 +194,23 @@ class ClientState:
 
     def _reserve(self, push: StatePush) -> None:
         """Updates the tree, and counts it; on an error it is as it was."""
-        before, tree = self._tree.state, self._tree
-        if not push.since:
-            tree = self._trunk.new_tree(self._limits)
+        before = self._own if push.since else None
+        tree = before or self._trunk.new_tree(self._limits)
+        state = None if before is None else before.state
         tree.update(push.structure, push.values, push.tensors)
         try:
             self._account(tree)
         except BaseException:
-            if tree is self._tree:
-                tree.restore(before)
+            if state is not None:
+                tree.restore(state)
             raise
-        self._tree = tree
+        self._own = tree
 
-    def _account(self, tree: TenantTree) -> None:
+    def _account(self, tree: TenantTree | None) -> None:
         """Counts a tree in the place of the one before."""
-        numbers = sum(tensor.numel() for tensor in tree.parameters)
-        more, more_bytes = numbers - self._numbers, tree.nbytes - self._bytes
+        numbers = sum(tensor.numel() for tensor in tree.parameters) if tree else 0
+        nbytes = tree.nbytes if tree else 0
+        more, more_bytes = numbers - self._numbers, nbytes - self._bytes
         if more > 0:
             self._quota.reserve_parameters(more)
         try:
@@ -211,7 +221,7 @@ class ClientState:
             raise
         self._quota.release_parameters(max(0, -more))
         self.budget.release(max(0, -more_bytes))
-        self._numbers, self._bytes = numbers, tree.nbytes
+        self._numbers, self._bytes = numbers, nbytes
 
     def _try(self) -> None:
         """Computes with what was sent, before anything is answered for it.

@@ -84,7 +84,14 @@ class TenantTree:
         self._part, self._limits = part, limits or TreeLimits()
         prefix = part.family.layer_prefix
         self._own = {n: m for n, m in part.named_modules() if n.startswith(prefix)}
-        self._state = TreeState(self._build(()), {}, ())
+        self._now: TreeState | None = None
+
+    @property
+    def _state(self) -> TreeState:
+        """What the tree is now; the bare blocks before anything was put there."""
+        if self._now is None:
+            self._now = TreeState(self._build(()), {}, ())
+        return self._now
 
     @property
     def model(self) -> Any:
@@ -183,20 +190,23 @@ class TenantTree:
         Raises:
             AdapterError: If an adapter is refused, or the two sides' trees differ; names what does.
         """
-        state = self._state
-        layers = state.layers if structure is None else structure.layers
-        built = state.built
-        if structure is not None and structure.adapters != built.adapters:
-            built = self._build(structure.adapters)
+        is_told = structure is not None
+        if structure is None:
+            structure = Structure(self._state.built.adapters, self._state.layers)
+        # Bare blocks that nobody asked for are not made, only to be dropped.
+        before = self._now
+        fresh = before is None or structure.adapters != before.built.adapters
+        built = self._build(structure.adapters) if before is None or fresh else before.built
+        old = {} if before is None else before.leaves
         try:
-            leaves = _renewed(built, state.leaves, _new_leaves(built, values, tensors))
-            if structure is not None:
-                _check_same(built, layers)
+            leaves = _renewed(built, old, _new_leaves(built, values, tensors))
+            if is_told:
+                _check_same(built, structure.layers)
         except AdapterError:
-            if built is not state.built:
+            if fresh:
                 discard(built.model)
             raise
-        self.restore(TreeState(built, leaves, layers))
+        self.restore(TreeState(built, leaves, structure.layers))
 
     def restore(self, state: TreeState) -> None:
         """Makes the tree what it was.
@@ -205,7 +215,8 @@ class TenantTree:
             state: Of this tree, at any time.
         """
         built, now = state.built, _by_name(state)
-        before = _by_name(self._state) if built is self._state.built else {}
+        same = self._now is not None and built is self._now.built
+        before = _by_name(self._state) if same else {}
         for name in before.keys() - now.keys():
             _place(built, name, built.base[name])
         for name, tensor in now.items():
@@ -213,7 +224,7 @@ class TenantTree:
                 _place(built, name, tensor)
         for layer in state.layers:
             _set_state(built.stated[layer.module], layer)
-        self._state = state
+        self._now = state
 
     def _build(self, specs: tuple[AdapterSpec, ...]) -> _Built:
         configs = check_specs(specs, self._own, self._limits)
