@@ -38,12 +38,11 @@ TENANTS = (1, 2, 4, 8, 16, 32, 64)
 STEPS_EACH, STEP_PAIRS, ROUNDS = 2, 7, 5
 HELD = {"retained": (1, 4)}
 MANY_HELD = (4, 16)
-IDLE, TOLD = "", ", answers acknowledged"
 LEFT_MIB = 20.0
 TENSORS_BOUND, RESIDENT_MB = 1.1, 2.5
 """Tensors of one more tenant, of its adapter; resident memory beyond it."""
 RETURN_AFTER_S = "1"  # 30 by default; what goes back is the same
-IDLE_S = 3.5
+IDLE_S = 8.0
 KIB = 1024
 
 
@@ -117,47 +116,37 @@ class Trainee:
 def tenants(model: str, counts: tuple[int, ...]) -> Section:
     """Memory with more and more tenants that have trained and are idle."""
     section = Section("memory_tenants", "Memory of one more tenant on the trunk")
-    found: dict[str, dict[int, tuple[int, int]]] = {IDLE: {}, TOLD: {}}
-    clients: list[TrainingClient] = []
+    found: dict[int, tuple[int, int]] = {}
     first, last = counts[0], counts[-1]
     with daemon(model) as trunk, ExitStack() as stack:
         alone = trunk.rss(), trunk.tensor_bytes()
-        for number in range(1, counts[-1] + 1):
-            client = TrainingClient(trunk.address, lora(), seed=number)
-            clients.append(stack.enter_context(client))
+        for number in range(1, last + 1):
+            client = stack.enter_context(TrainingClient(trunk.address, lora(), seed=number))
             trainee = Trainee(client)
             for _ in range(STEPS_EACH):
                 trainee.step(batch=1)
             if number in counts:
-                found[IDLE][number] = trunk.rss(), trunk.tensor_bytes()
-            if number in (first, last):
-                for client in clients:
-                    client.session.release([], [])  # which acknowledges the answers before it
-                found[TOLD][number] = trunk.rss(), trunk.tensor_bytes()
-                trainee.step(batch=1)  # as the others are when they are measured
+                found[number] = trunk.rss(), trunk.tensor_bytes()
         adapter = sum(p.nbytes for p in client.parameters())
-    for number in counts:
+    for number, (resident, tensors) in found.items():
         row: Row = {"tenants": number, "adapters, MB": number * adapter / 1e6}
-        for how, by_count in found.items():
-            known = by_count.get(number)
-            for what, index in (("resident", 0), ("tensors", 1)):
-                beyond = (known[index] - alone[index]) / 1e6 if known else "-"
-                row[f"{what} beyond none, MB{how}"] = beyond
+        row["resident beyond none, MB"] = (resident - alone[0]) / 1e6
+        row["tensors beyond none, MB"] = (tensors - alone[1]) / 1e6
         section.rows.append(row)
-    for how, by_count in found.items():
-        pairs = zip(by_count[first], by_count[last], strict=True)
-        resident, tensors = ((after - before) / (last - first) for before, after in pairs)
-        one = f"one more tenant, from {first} to {last}{how}"
-        of = f"its adapter ({adapter / 1e6:.2f} MB)"
-        section.claims += [
-            Claim(f"{one}: tensors, of {of}", tensors / adapter, TENSORS_BOUND),
-            Claim(f"{one}: resident MB beyond {of}", (resident - adapter) / 1e6, RESIDENT_MB),
-        ]
+    resident, tensors = (
+        (after - before) / (last - first)
+        for before, after in zip(found[first], found[last], strict=True)
+    )
+    one = f"one more tenant, from {first} to {last}"
+    of = f"its adapter ({adapter / 1e6:.2f} MB)"
+    section.claims += [
+        Claim(f"{one}: tensors, of {of}", tensors / adapter, TENSORS_BOUND),
+        Claim(f"{one}: resident MB beyond {of}", (resident - adapter) / 1e6, RESIDENT_MB),
+    ]
     section.notes = [
         f"LoRA r=8, {STEPS_EACH} steps of 1x{TOKENS} tokens each, then idle; the optimizer is the "
         "client's. Tensors: all that Python reaches in the daemon, shared memory once; the first "
-        "tenant makes the base weights be seen. A client acknowledges answers with its next "
-        "message: until then the trunk keeps the last ones, gradients of the adapter among them.",
+        "tenant makes the base weights be seen.",
     ]
     return section
 

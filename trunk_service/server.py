@@ -41,6 +41,8 @@ SERVER_OPTIONS = [
     ("grpc.keepalive_permit_without_calls", 1),
     ("grpc.enable_channelz", 0),
     ("grpc.max_concurrent_streams", 100),  # of one connection
+    # What a connection reads into stays with it: by default up to 4 MB of an idle one.
+    ("grpc.experimental.tcp_max_read_chunk_size", 128 * 1024),
 ]
 
 

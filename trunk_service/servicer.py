@@ -10,6 +10,7 @@ import asyncio
 import logging
 import time
 from collections.abc import AsyncIterator
+from typing import Any
 
 import grpc
 
@@ -76,7 +77,7 @@ class TrunkServicer:
         stream = SessionStream(
             self._registry, self._execution, peer, context.write, self._end_taken_over
         )
-        serving = asyncio.create_task(stream.serve(frames))
+        serving = asyncio.create_task(stream.serve(_Frames(context)))
         self._streams[stream] = serving
         try:
             await serving
@@ -126,3 +127,19 @@ class TrunkServicer:
         stream.keeps_session = False
         self._endings[stream] = code, why
         self._streams[stream].cancel()
+
+
+class _Frames:
+    """What a client sends; of gRPC's own iterator the last frame would stay until the next."""
+
+    def __init__(self, context: grpc.aio.ServicerContext[object, object]) -> None:
+        self._context: Any = context
+
+    def __aiter__(self) -> _Frames:
+        return self
+
+    async def __anext__(self) -> bytes:
+        frame: Any = await self._context.read()
+        if frame is grpc.aio.EOF:
+            raise StopAsyncIteration
+        return frame  # type: ignore[no-any-return]

@@ -92,6 +92,7 @@ class SessionStream:
                 incoming = self._inbox.feed(raw)
                 if incoming is not None:
                     await self._begin(incoming)
+                del raw, incoming  # of an idle client they would stay until its next message
             await asyncio.gather(*self._tasks)
         except ProtocolError:
             self.keeps_session = False

@@ -147,8 +147,10 @@ def test_a_daemon_that_cannot_start_says_why(flags: list[str], said: str) -> Non
 def test_a_run_with_every_way_to_be_faster(trunkd: Callable[..., Daemon], tmp_path: Path) -> None:
     """Close to the plain run, for a third of its bytes; it resumes with the options it had."""
     common = ["--trunk", trunkd().address, "--steps", "4", "--batch-size", "4", "--seq-len", "64"]
+    common += ["--seed", "1"]
     plain, fast = tmp_path / "plain", tmp_path / "fast"
     options = ["--micro-batches", "2", "--wire-format", "int8", "--max-wire-drift", "0.05"]
+    options += ["--adapter-wire-format", "int8"]
     for out, more in ((plain, []), (fast, [*options, "--fused-loss"])):
         done = trunkline("train", "--out", str(out), *common, *more)
         assert done.returncode == 0, done.stderr
