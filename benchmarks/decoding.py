@@ -39,7 +39,6 @@ from client_service.local_trunk import local_trunk
 from client_service.split_model import SplitModelForCausalLM
 from client_service.training_client import TrainingClient
 from shared.models.onednn import use_onednn
-from shared.models.single_row import spread_single_rows
 
 LOG = logging.getLogger("benchmarks")
 PROMPT, TOKENS, STREAMS = 16, 64, 8
@@ -47,7 +46,6 @@ BATCHING = "--batch-decoding"
 KINDS: dict[str, tuple[str, ...]] = {"": (), ", onednn": ("--onednn",)}
 """How linear layers are computed: what it adds to a name, and a trunk's flags."""
 WHOLE, SPLIT_MODEL = "whole model", "split"
-WHOLE_SPREAD = "whole model, head on all threads"
 Figure = Callable[[], float]
 """Generates, and tells the tokens per second."""
 Tokens = Mapping[str, tuple[int, Figure]]
@@ -119,10 +117,6 @@ def _ends(folder: Path, address: str, tokens: int, kind: str) -> Iterator[Tokens
     if kind:
         use_onednn(plain, plain.dtype, plain.device)
     models = {WHOLE: adapted(plain).eval()}
-    if not kind:
-        same_head = GPT2LMHeadModel.from_pretrained(folder)
-        spread_single_rows(same_head)
-        models[WHOLE_SPREAD] = adapted(same_head).eval()
     split = SplitModelForCausalLM.from_pretrained(
         folder, address, peft_config=lora(), onednn=bool(kind)
     ).eval()
@@ -132,7 +126,6 @@ def _ends(folder: Path, address: str, tokens: int, kind: str) -> Iterator[Tokens
             _name(name, kind, rows): (rows * tokens, _generate(model, rows, tokens))
             for rows in (1, STREAMS)
             for name, model in models.items()
-            if rows == 1 or name != WHOLE_SPREAD  # more rows are computed as ever
         }
 
 
@@ -285,8 +278,6 @@ def _ends_section(found: dict[str, Found]) -> Section:
         "Greedy generate, GPT-2 small 2:10, LoRA on every part, trunk over loopback",
         _rows(found, [name for name in found if "prompt" in name]),
     )
-    alone, spread = _name(SPLIT_MODEL, "", 1), _name(WHOLE_SPREAD, "", 1)
-    section.notes.append(f"{alone} / {spread}: {_ratio(found, alone, spread):.2f}")
     for rows in (1, STREAMS):
         for kind, of in (("", ""), (", onednn", ""), (", onednn", ", onednn")):
             split, whole = _name(SPLIT_MODEL, kind, rows), _name(WHOLE, of, rows)

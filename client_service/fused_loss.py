@@ -35,7 +35,6 @@ from transformers.utils.generic import can_return_tuple
 
 from shared.errors import InvalidInputError
 from shared.models.onednn import OneDnnLinear, applies, product
-from shared.models.single_row import SpreadLinear
 
 IGNORED = -100
 """The label of positions that have no loss."""
@@ -106,7 +105,7 @@ def can_fuse(model: Any, inputs: dict[str, Any]) -> bool:
     """
     head = model.get_output_embeddings()
     return (
-        type(head) in (nn.Linear, OneDnnLinear, SpreadLinear)
+        type(head) in (nn.Linear, OneDnnLinear)
         and not (head._forward_hooks or head._forward_pre_hooks)
         and all(getattr(model.config, name, None) in (None, 1) for name in _LOGIT_CHANGES)
         and model.loss_function is ForCausalLMLoss

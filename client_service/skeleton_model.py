@@ -29,7 +29,6 @@ from shared.models.families import Family, family_of
 from shared.models.loading import Undrawn, fill
 from shared.models.onednn import use_onednn
 from shared.models.quantization import quantize as quantize_layers
-from shared.models.single_row import spread_single_rows
 from shared.models.stand_ins import GlobalLayers
 from shared.skeleton import Fetch, Norms, RemoteTensor, skeleton_blocks
 from shared.wire.dtypes import to_torch
@@ -81,7 +80,6 @@ def with_skeleton(
         quantize_layers(model, quantize)
     if onednn:
         use_onednn(model, dtype, model.device)
-    spread_single_rows(model)
     # A copy of the trunk's own matrices, if the digest was compared that says so.
     compared = session.terms.weight_digest is not None and "ends" not in checkpoint.metadata
     copied = checkpoint.source if compared and checkpoint.layer_names(split) else ""

@@ -16,7 +16,6 @@ from shared.models.digest import weight_digest
 from shared.models.families import family_of
 from shared.models.onednn import use_onednn
 from shared.models.quantization import check_kind, dequantized, quantize
-from shared.models.single_row import spread_single_rows
 from shared.versions import check_versions, library_versions
 from trunk_service.adapter_build import TreeLimits
 from trunk_service.offload import OffloadArea
@@ -113,7 +112,6 @@ class Trunk:
             part = quantize(part, quantization)
         if onednn:
             use_onednn(part, dtype, device)
-        spread_single_rows(part)
         return cls(part, info)
 
     @property

@@ -19,7 +19,6 @@ from torch.autograd.function import once_differentiable
 from transformers.pytorch_utils import Conv1D
 
 from shared.errors import InvalidInputError
-from shared.models.single_row import SpreadConv1D, SpreadLinear
 
 
 class OneDnnLinear(nn.Linear):
@@ -43,12 +42,7 @@ class OneDnnConv1D(Conv1D):  # type: ignore[misc]
         return _linear(x, self.weight.T, self.bias)
 
 
-_CLASSES = {
-    nn.Linear: OneDnnLinear,
-    Conv1D: OneDnnConv1D,
-    SpreadLinear: OneDnnLinear,
-    SpreadConv1D: OneDnnConv1D,
-}
+_CLASSES = {nn.Linear: OneDnnLinear, Conv1D: OneDnnConv1D}
 
 
 def use_onednn(module: nn.Module, dtype: torch.dtype, device: torch.device) -> None:
@@ -66,7 +60,6 @@ def use_onednn(module: nn.Module, dtype: torch.dtype, device: torch.device) -> N
     for layer in plain:
         # By class, so that copies, PEFT's wrappers and saved names stay those of the same layer.
         layer.__class__ = _CLASSES[type(layer)]
-        layer.__dict__.pop("groups", None)  # of a layer that had its single rows spread
 
 
 def can_use_onednn(module: nn.Module, dtype: torch.dtype, device: torch.device) -> bool:

@@ -13,7 +13,6 @@ from transformers import Trainer, TrainingArguments
 
 from client_service import SplitModelForCausalLM
 from client_service.whole import gradients, largest_difference, whole_twin
-from shared.models.single_row import SpreadLinear
 from tests.conftest import Daemon
 from tests.integration.test_equivalence import lora, padded_batches
 from tests.models import save_tiny_model
@@ -84,25 +83,6 @@ def test_loss_and_gradients_are_the_whole_model_s(
             ours.loss.backward()
             theirs.loss.backward()
         assert largest_difference(gradients(split), gradients(whole)) <= 1e-5
-    finally:
-        split.remote_trunk.close()
-
-
-def test_a_head_whose_single_rows_are_spread_is_fused_as_well(
-    trunkd: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    threads = torch.get_num_threads()
-    large = save_tiny_model("gpt2", tmp_path / "model", vocab_size=70_000)
-    address = trunkd("--model", str(large)).address
-    torch.set_num_threads(2)
-    try:
-        split = SplitModelForCausalLM.from_pretrained(large, address, fused_loss=True).train()
-    finally:
-        torch.set_num_threads(threads)
-    try:
-        assert type(split.get_output_embeddings()) is SpreadLinear
-        ids = torch.arange(3, 23)[None]
-        assert split(input_ids=ids, labels=ids, use_cache=False).logits is None
     finally:
         split.remote_trunk.close()
 
