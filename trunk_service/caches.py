@@ -57,13 +57,30 @@ class KeyValueCaches:
         """Whether every block keeps every token."""
         return self._window is None
 
-    def tokens(self, cache_id: str, edits: list[CacheEdit]) -> int:
+    def tokens(self, cache_id: str, edits: list[CacheEdit], blocks: range | None = None) -> int:
         """Tokens in a cache once the edits are applied; 0 for a new one.
 
+        Args:
+            cache_id: Of the cache.
+            edits: That would come first.
+            blocks: Positions of those that go on with it; None for all. Others may be a forward
+                ahead or behind.
+
         Raises:
-            ProtocolError: If an edit does not fit the cache.
+            ProtocolError: If an edit does not fit the cache, or the blocks do not go together.
         """
-        return self._shape_after(cache_id, edits).tokens
+        shape = self._shape_after(cache_id, edits)
+        cache = self._caches.get(cache_id)
+        if cache is None or cache_id in self._packed:
+            return shape.tokens
+        asked = range(len(cache.layers)) if edits or blocks is None else blocks
+        counts = {int(cache.get_seq_length(block)) for block in asked}
+        if len(counts) > 1:
+            raise ProtocolError(
+                f"cache {cache_id} has {min(counts)} tokens in some blocks and {max(counts)} in "
+                f"others: a forward did not go through all of them"
+            )
+        return shape.tokens if edits else counts.pop()
 
     def open(self, cache_id: str, edits: list[CacheEdit], batch: int, tokens: int) -> DynamicCache:
         """Reserves room for ``tokens`` more, applies the edits and returns the cache.
@@ -168,7 +185,7 @@ def _shape(cache: DynamicCache | None) -> _Shape:
     if cache is None or not cache.get_seq_length():
         return _Shape()
     keys: list[Any] = [layer.keys for layer in cache.layers]
-    kept = min(int(k.shape[-2]) for k in keys)
+    kept = min(int(k.shape[-2]) for k in keys if k is not None)
     return _Shape(int(keys[0].shape[0]), cache.get_seq_length(), kept)
 
 

@@ -19,6 +19,7 @@ from shared.adapters.state_push import StatePush
 from shared.adapters.structure import Structure, draws
 from shared.errors import AdapterError, ProtocolError, StaleStateError, TrunklineError
 from trunk_service.adapter_build import TreeLimits
+from trunk_service.block_range import blocks_alone
 from trunk_service.budget import ByteBudget
 from trunk_service.footprint import measure_footprint
 from trunk_service.keyed_draws import KEY_BYTES, keyed_draws
@@ -156,7 +157,8 @@ class ClientState:
         keyed: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
         if request.training and draws(Structure(layers=tree.state.layers)):
             keyed = keyed_draws(tree.model, request.dropout_key, device)
-        with tree.mixed(request.adapter_names), cast, keyed:
+        alone = blocks_alone(tree.model, request.blocks)
+        with tree.mixed(request.adapter_names), cast, keyed, alone:
             output: Any = tree.model(
                 inputs_embeds=input_BTD,
                 attention_mask=mask,

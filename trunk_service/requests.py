@@ -69,6 +69,8 @@ class ForwardRequest:
     """What torch's autocast computes in, if it is on."""
     dropout_key: bytes = b""
     """Fixes every dropout mask, where dropout draws."""
+    blocks: tuple[int, int] | None = None
+    """First and end of those that compute, as the whole model counts; None for all."""
 
     @property
     def past_tokens(self) -> int:

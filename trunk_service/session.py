@@ -21,6 +21,7 @@ from shared.errors import (
     UnknownRequestError,
 )
 from shared.wire.formats import pack, pack_value
+from trunk_service.block_range import cache_of_blocks
 from trunk_service.budget import ByteBudget
 from trunk_service.caches import KeyValueCaches
 from trunk_service.client_state import ClientState
@@ -101,7 +102,8 @@ class TenantSession:
 
     def joins(self, request: ForwardRequest) -> bool:
         """Whether a forward may be computed together with other sessions'; from any thread."""
-        return request.push is None and self.caches.can_pack and self.client.may_mix
+        whole = request.push is None and request.blocks is None
+        return whole and self.caches.can_pack and self.client.may_mix
 
     def begin_decoding(self, request: ForwardRequest) -> tuple[torch.Tensor, PackedRows] | None:
         """Makes a forward of one cached token ready to be computed together with others'.
@@ -202,10 +204,15 @@ class TenantSession:
         self.client.close()
 
     def _check(self, request: ForwardRequest) -> None:
-        """Refuses a forward whose tensors or cache edits are not acceptable."""
-        cached = 0
+        """Refuses a forward whose blocks, tensors or cache edits are not acceptable."""
+        split, cached = self._trunk.info.split, 0
+        if request.blocks and not split.start <= request.blocks[0] < request.blocks[1] <= split.end:
+            raise ProtocolError(
+                f"blocks {request.blocks[0]} to {request.blocks[1]}; accepted is a range within "
+                f"{split}"
+            )
         if request.cache_id:
-            cached = self.caches.tokens(request.cache_id, request.cache_edits)
+            cached = self._cached_tokens(request)
             if cached and request.past:
                 raise ProtocolError(f"past tensors for a cache of {cached} tokens; accepted: none")
             if request.cached_tokens and not cached:
@@ -226,6 +233,9 @@ class TenantSession:
         boundary = request.hidden_BTD.nbytes + sum(t.nbytes for t in request.past)
         batch, tokens, _ = request.hidden_BTD.shape
         graph = self.client.footprint.graph_bytes(batch, tokens)
+        if request.blocks:
+            first, end = request.blocks
+            graph = graph * (end - first) // self._trunk.config.num_hidden_layers
         room = Room(self.budget, graph, boundary, self._trunk.offload)
         try:
             input_BTD = self._input(request)
@@ -274,14 +284,25 @@ class TenantSession:
             output_BTD = run(request, input_BTD, rows.extended())
             rows.commit()
             return output_BTD
-        if not self.caches.tokens(request.cache_id, request.cache_edits):
+        cached = self._cached_tokens(request)
+        if not cached:
             tokens += request.past_tokens  # a prefix is cached with the first tokens
         past = self.caches.open(request.cache_id, request.cache_edits, batch, tokens)
-        return run(request, input_BTD, _filled(past, self._past(request)))
+        filled = _filled(past, self._past(request))
+        if request.blocks and filled is not None:
+            first, end = (block - self._trunk.info.split.start for block in request.blocks)
+            filled = cache_of_blocks(filled, first, end, cached + request.past_tokens)
+        return run(request, input_BTD, filled)
+
+    def _cached_tokens(self, request: ForwardRequest) -> int:
+        """Tokens of the request's cache behind its edits, in the blocks that compute."""
+        start = self._trunk.info.split.start
+        blocks = range(*(block - start for block in request.blocks)) if request.blocks else None
+        return self.caches.tokens(request.cache_id, request.cache_edits, blocks)
 
     def _packed(self, request: ForwardRequest) -> PackedRows | None:
         """The rows of a cache that is extended by one token and nothing else."""
-        if request.cache_edits or not self.caches.can_pack:
+        if request.cache_edits or request.blocks or not self.caches.can_pack:
             return None
         try:
             return self.caches.pack(request.cache_id, [], request.hidden_BTD.shape[0])

@@ -77,6 +77,7 @@ def forward_request(body: pb.Forward, tensors: Tensors) -> ForwardRequest:
         attention=_attention(body.attention),
         autocast=_autocast(body.autocast),
         dropout_key=body.dropout_key,
+        blocks=(body.first_block, body.end_block) if body.end_block else None,
     )
 
 

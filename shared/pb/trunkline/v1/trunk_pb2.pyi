@@ -594,6 +594,8 @@ class Forward(_message.Message):
     ATTENTION_FIELD_NUMBER: _builtins.int
     AUTOCAST_FIELD_NUMBER: _builtins.int
     DROPOUT_KEY_FIELD_NUMBER: _builtins.int
+    FIRST_BLOCK_FIELD_NUMBER: _builtins.int
+    END_BLOCK_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     """Names the state kept for Backward; unused (empty) without keep_graph."""
     keep_graph: _builtins.bool
@@ -618,6 +620,11 @@ class Forward(_message.Message):
     """Computes under torch's autocast with this type; unspecified is without."""
     dropout_key: _builtins.bytes
     """32 bytes that fix every dropout mask, where dropout draws; each block takes this and its index."""
+    first_block: _builtins.int
+    """Only blocks first_block .. end_block - 1 of the whole model compute, where somebody looks between
+    them. end_block 0 is all of the trunk's.
+    """
+    end_block: _builtins.int
     @_builtins.property
     def cache_ops(self) -> _containers.RepeatedCompositeFieldContainer[Global___CacheOp]:
         """Applied to that cache before the forward."""
@@ -646,10 +653,12 @@ class Forward(_message.Message):
         attention: _builtins.str = ...,
         autocast: Global___DataType.ValueType = ...,
         dropout_key: _builtins.bytes = ...,
+        first_block: _builtins.int = ...,
+        end_block: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_cached_tokens", b"_cached_tokens", "cached_tokens", b"cached_tokens", "state", b"state"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_cached_tokens", b"_cached_tokens", "adapter_names", b"adapter_names", "answer_format", b"answer_format", "attention", b"attention", "autocast", b"autocast", "cache_id", b"cache_id", "cache_ops", b"cache_ops", "cached_tokens", b"cached_tokens", "dropout_key", b"dropout_key", "keep_graph", b"keep_graph", "request_id", b"request_id", "state", b"state", "state_version", b"state_version", "training", b"training"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_cached_tokens", b"_cached_tokens", "adapter_names", b"adapter_names", "answer_format", b"answer_format", "attention", b"attention", "autocast", b"autocast", "cache_id", b"cache_id", "cache_ops", b"cache_ops", "cached_tokens", b"cached_tokens", "dropout_key", b"dropout_key", "end_block", b"end_block", "first_block", b"first_block", "keep_graph", b"keep_graph", "request_id", b"request_id", "state", b"state", "state_version", b"state_version", "training", b"training"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__cached_tokens: _TypeAlias = _typing.Literal["cached_tokens"]  # noqa: Y015
     _WhichOneofArgType__cached_tokens: _TypeAlias = _typing.Literal["_cached_tokens", b"_cached_tokens"]  # noqa: Y015
