@@ -43,7 +43,6 @@ Blocks = Sequence[tuple[str, nn.Module]]
 """The trunk's blocks of the client's model, hollow, by their full names; and what else is an input
 of the trunk's function, such as the rotary embedding."""
 
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _ALPHAS = ("lora_alpha", "alpha")
 
 
@@ -126,9 +125,7 @@ def adapter_structure(blocks: Blocks, configs: Mapping[str, PeftConfig]) -> Stru
     places = _Places()
     layers = []
     for path, module in walked:
-        if id(module) not in own:
-            _check_uncalled(path, module)
-        elif isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper):
+        if id(module) in own and isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper):
             raise AdapterError(
                 f"{path}: an adapter around a whole block of the trunk is not accepted: accepted "
                 f"are adapters of layers inside the blocks"
@@ -211,24 +208,6 @@ def _check_base(name: str, tensor: RemoteTensor, dtype: torch.dtype) -> None:
             f"{name} was converted to {tensor.dtype}, this trunk computes in {dtype}: accepted is "
             f"a model of the trunk's dtype, and autocast"
         )
-
-
-def _check_uncalled(path: str, module: nn.Module) -> None:
-    """Refuses what would be done in a layer's call, since this one is called at the trunk."""
-    what = "a forward of its own" if "forward" in module.__dict__ else ""
-    for kind in _HOOKS:
-        if any(not _is_known(hook) for hook in getattr(module, kind).values()):
-            what = "a hook"
-    if what:
-        raise AdapterError(
-            f"{path} was given {what}, which would never run: the trunk computes this layer; "
-            f"accepted are hooks on whole blocks and on the client's own layers"
-        )
-
-
-def _is_known(hook: Any) -> bool:
-    function = hook.func if isinstance(hook, functools.partial) else hook
-    return (getattr(function, "__module__", None) or "").startswith(("peft.", "transformers."))
 
 
 def _state(path: str, module: nn.Module, adapters: frozenset[str]) -> LayerState | None:

@@ -67,3 +67,5 @@ class ForwardCall:
     """What torch's autocast computes in, if it is on."""
     dropout_key: bytes = b""
     """Fixes every dropout mask, where dropout draws."""
+    blocks: tuple[int, int] | None = None
+    """First and end of those that compute; None for all."""

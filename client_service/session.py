@@ -153,6 +153,8 @@ class TrunkSession:
             adapter_names=call.adapter_names,
             attention=call.attention,
             dropout_key=call.dropout_key,
+            first_block=call.blocks[0] if call.blocks else 0,
+            end_block=call.blocks[1] if call.blocks else 0,
             autocast=pb.DATA_TYPE_UNSPECIFIED if call.autocast is None else to_wire(call.autocast),
         )
         return self._link.send(pb.SessionRequest(forward=body), tensors)

@@ -141,8 +141,8 @@ def _put_blocks(
     setattr(getattr(model, family.base), family.layers, layers)
     _use_whole_config(model, layers, config)
     passage = Passage(model, family, split, function, secret)
-    for index, (_, block) in enumerate(blocks):
-        put_in_place(block, passage, first=index == 0)
+    for index, block in blocks:
+        put_in_place(block, passage, int(index))
     model.passage, model.remote_trunk, model.split = passage, function, split
     # DDP neither broadcasts nor reduces what is the trunk's.
     model._ddp_params_and_buffers_to_ignore = _TrunkNames(model)
@@ -171,6 +171,15 @@ class _Split:
         if is_main_process:
             digest = self.remote_trunk.session.info.weight_digest
             mark_as_ends(save_directory, str(self.split), digest)
+
+    def create_masks_for_generate(
+        self, attention_mask: torch.Tensor | None = None, **inputs: Any
+    ) -> torch.Tensor | None:
+        """Leaves the mask to the forward, which makes the same one of it; the trunk needs this.
+
+        Called by ``generate`` with a static cache.
+        """
+        return attention_mask
 
     def generate_batch(self, *args: Any, **kwargs: Any) -> None:
         """Refuses: continuous batching keeps its cache in attention layers, which are the trunk's.

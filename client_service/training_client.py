@@ -143,7 +143,7 @@ class TrainingClient:
         self.session.close()
 
     def _through(self, hidden_BTD: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-        self._passage.remember(mask)
+        self._passage.begin(mask)
         return self._passage.through(hidden_BTD, None, None, self.model.training)
 
     def __enter__(self) -> TrainingClient:

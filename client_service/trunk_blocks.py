@@ -1,6 +1,7 @@
 """The trunk's blocks in the client's model: the family's own classes, computed by the trunk.
 
-The first of them carries hidden states through all; the others hand on what it got.
+The first of them carries hidden states through all; the others hand on what it got. Where somebody
+looks between them, with a hook or for every block's hidden states, each carries its own.
 
 Dimension letters: B batch, T tokens, D model dimension.
 """
@@ -16,7 +17,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers.cache_utils import DynamicLayer
 from transformers.utils.output_capturing import _active_collector
 
 from client_service.adapter_structure import (
@@ -27,8 +27,9 @@ from client_service.adapter_structure import (
 )
 from client_service.calls import ForwardCall
 from client_service.dropout_key import dropout_key, user_secret
-from client_service.remote_cache import RemoteCacheLayer
+from client_service.remote_cache import RemoteCacheLayer, past_of, put_remote_layers
 from client_service.trunk_function import Adapters, TrunkFunction
+from client_service.unchanged_blocks import UnchangedBlocks, check_no_global_hooks, has_hooks
 from shared.adapters.structure import draws, dropout_of, own_dropout
 from shared.errors import AdapterError, ProtocolError, TensorError
 from shared.models.families import Family
@@ -59,6 +60,24 @@ _OF_FLASH = frozenset({"cu_seq_lens_k", "cu_seq_lens_q", "max_length_k", "max_le
 the mask, which transformers makes of the positions."""
 
 
+@dataclass
+class _Call:
+    """One forward of the base model, while it goes through the trunk's blocks."""
+
+    mask: Any = None
+    """As the base model was given it."""
+    one_by_one: bool | None = None
+    """Whether each block carries its own hidden states; None before the first of them."""
+    done: bool = False
+    """Whether the last of the blocks was passed."""
+    past: tuple[torch.Tensor, ...] = ()
+    """Keys and values before everything, of all blocks."""
+    cached: int | None = None
+    """Tokens that the cache had before; None before the first block."""
+    dropout_key: bytes | None = None
+    """None until a block draws."""
+
+
 class Passage:
     """From the trunk's blocks of one model to the trunk. A copy of the model has one of its own.
 
@@ -82,6 +101,7 @@ class Passage:
         self._model, self._family, self._split = model, family, split
         self.function = function
         self._here = threading.local()
+        self._unchanged = UnchangedBlocks(self.blocks(), model.config)
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if name != "_here"}
@@ -109,6 +129,8 @@ class Passage:
             AdapterError: If they cannot be had on a trunk.
         """
         blocks = self.blocks()
+        self._unchanged.check(blocks, self._model.config)
+        check_no_global_hooks()
         configs = getattr(self._model, "peft_config", None) or {}
         tensors = adapter_tensors(blocks, self.function.dtype)
         layers = getattr(getattr(self._model, self._family.base), self._family.layers)
@@ -134,9 +156,52 @@ class Passage:
         base: Any = getattr(self._model, self._family.base)
         base.register_forward_pre_hook(_RememberMask(self), with_kwargs=True)
 
-    def remember(self, mask: Any) -> None:
+    def begin(self, mask: Any) -> None:
         """Takes the mask of the forward that this thread is about to run."""
-        self._here.mask = mask
+        self._here.call = _Call(mask)
+
+    def pass_block(
+        self,
+        index: int,
+        hidden_BTD: torch.Tensor,
+        position_ids: torch.Tensor | None,
+        cache: Any,
+        training: bool,
+    ) -> torch.Tensor:
+        """What one block of the trunk gives, in the forward that this thread runs.
+
+        Raises:
+            AdapterError: If no forward runs, or it asks for what is not sent.
+            TrunklineError: What :meth:`through` raises.
+        """
+        call: _Call | None = getattr(self._here, "call", None)
+        if call is None or call.done:
+            raise AdapterError(
+                f"block {index} of the trunk was called by itself: accepted are calls of the whole "
+                f"model, in which it has its place"
+            )
+        call.done = index == self._split.end - 1
+        if call.one_by_one is None:
+            call.one_by_one = self._is_looked_into()
+        if call.one_by_one:
+            blocks = (index, index + 1)
+            return self.through(hidden_BTD, position_ids, cache, training, blocks)
+        if index > self._split.start:
+            return hidden_BTD
+        return self.through(hidden_BTD, position_ids, cache, training)
+
+    def _is_looked_into(self) -> bool:
+        wanted = _active_collector.get() or {}
+        if foreign := [name for name in wanted if "hidden_states" not in name]:
+            raise AdapterError(
+                f"{', '.join(foreign)} of the trunk's blocks are not sent: accepted are hidden "
+                f"states"
+            )
+        return bool(wanted) or any(has_hooks(b) for _, b in self.blocks()[: self._count])
+
+    @property
+    def _count(self) -> int:
+        return self._split.end - self._split.start
 
     def through(
         self,
@@ -144,32 +209,44 @@ class Passage:
         position_ids: torch.Tensor | None,
         cache: Any,
         training: bool,
+        blocks: tuple[int, int] | None = None,
     ) -> torch.Tensor:
         """Carries hidden states [B, T, D] through the trunk.
+
+        Args:
+            hidden_BTD: Of the new tokens.
+            position_ids: [B or 1, T].
+            cache: transformers'; None without.
+            training: Mode of the blocks.
+            blocks: First and end of those that are passed; None for all.
 
         Raises:
             AdapterError: If an adapter cannot be had on a trunk, or the call asks for what is not
                 sent.
-            ProtocolError: If there is a cache.
-            TensorError: If the attention mask is shorter or longer than the tokens.
+            ProtocolError: If there is a cache that gradients would pass, or one of another kind.
+            TensorError: If the attention mask is shorter than the tokens.
             TrunklineError: What the trunk answered, if it refused.
         """
-        wanted = _active_collector.get()
-        if wanted:
-            raise AdapterError(f"{', '.join(wanted)} of the trunk's blocks are not sent")
+        current: _Call = self._here.call
         training = self._draws(training)
         adapters = functools.cache(self.adapters)
-        past, layer = ((), None) if cache is None else self._cache_layer(cache)
-        cached = 0 if layer is None else layer.get_seq_length()
+        layer = None if cache is None else self._cache_layer(cache, current)
+        is_first, past = current.cached is None, current.past
+        if current.cached is None:
+            current.cached = 0 if layer is None else layer.get_seq_length()
+        cached = current.cached
         filled = cached and not past
-        if layer is not None and (layer.skipped or (filled and torch.is_grad_enabled())):
+        passes = layer is not None and filled and torch.is_grad_enabled()
+        if passes or (layer is not None and is_first and layer.skipped):
             raise ProtocolError(
                 "gradients do not pass a cache of the trunk's blocks: run every forward that "
                 "fills or reads it under torch.no_grad()"
             )
-        mask = self._mask(cached + hidden_BTD.shape[1])
+        mask = self._mask(current.mask, cached + hidden_BTD.shape[1])
         names = mixed_adapter_names(self.blocks())
         device = hidden_BTD.device.type
+        if current.dropout_key is None:
+            current.dropout_key = self._dropout_key(training, adapters)
         call = ForwardCall(
             mask,
             position_ids,
@@ -177,11 +254,12 @@ class Passage:
             past=past,
             adapter_names=names,
             attention=self._attention(),
-            dropout_key=self._dropout_key(training, adapters),
+            dropout_key=current.dropout_key,
             in_float32=self.function.in_float32_here,
             autocast=torch.get_autocast_dtype(device)
             if torch.is_autocast_enabled(device)
             else None,
+            blocks=blocks,
         )
         if layer is None or torch.is_grad_enabled():
             if layer is not None:
@@ -190,9 +268,14 @@ class Passage:
             return self.function(hidden_BTD, call, adapters())
         if filled and hidden_BTD.shape[1] == 1 and mask is not None and _hides_nothing(mask):
             mask = None  # hides nothing from a single token, and would be longer with every one
-        edits = layer.take_edits(hidden_BTD.shape[1])
-        count = 0 if past else cached
-        call = replace(call, attention_mask=mask, cache_edits=edits, cached_tokens=count)
+        edits = layer.take_edits(hidden_BTD.shape[1]) if is_first else []
+        call = replace(
+            call,
+            attention_mask=mask,
+            cache_edits=edits,
+            past=past if is_first else (),  # the first block's forward puts it into all of them
+            cached_tokens=0 if past and is_first else cached,
+        )
         return self.function.forward_cached(hidden_BTD, call, adapters, layer)
 
     def _draws(self, training: bool) -> bool:
@@ -224,35 +307,33 @@ class Passage:
         config: Any = self._model.config
         return str(config._attn_implementation)
 
-    def _cache_layer(self, cache: Any) -> tuple[tuple[torch.Tensor, ...], RemoteCacheLayer]:
+    def _cache_layer(self, cache: Any, call: _Call) -> RemoteCacheLayer:
         """What stands for the trunk's own cache, in the place of its first block's.
 
-        Returns:
-            Keys and values that were put before everything (prefix tuning), in turn, the first
-            time; and the layer.
+        Keys and values that are there already (prefix tuning, another model's) go with the call.
         """
         start, end = self._split.start, self._split.end
         while len(cache.layers) < end:
             cache.layers.append(cache.layer_class_to_replicate())
-        past: tuple[torch.Tensor, ...] = ()
         if not isinstance(cache.layers[start], RemoteCacheLayer):
-            before = cache.layers[start:end]
-            if all(layer.get_seq_length() for layer in before):
-                past = tuple(t for layer in before for t in (layer.keys, layer.values))
-            made = RemoteCacheLayer(self.function)
-            made.begin_with(int(past[0].shape[-2]) if past else 0)
-            # A window's layer that nothing fills would be asked how long masks are.
-            cache.layers[start:end] = [made, *(DynamicLayer() for _ in range(start + 1, end))]
+            call.past = past_of(cache.layers[start:end])
+            put_remote_layers(cache, start, end, self.function, call.past)
         found: RemoteCacheLayer = cache.layers[start]
-        return past, found
+        return found
 
-    def _mask(self, total: int) -> torch.Tensor | None:
-        mask: torch.Tensor | None = getattr(self._here, "mask", None)
+    def _mask(self, mask: Any, total: int) -> torch.Tensor | None:
         if mask is None:
             return None
-        if mask.shape[-1] != total:
+        if not isinstance(mask, torch.Tensor):
+            raise TensorError(
+                f"attention_mask is a {type(mask).__name__}: accepted are tensors [B, S] and "
+                f"[B, 1, T, S]"
+            )
+        if mask.shape[-1] < total:
             raise TensorError(f"attention_mask covers {mask.shape[-1]} tokens, there are {total}")
-        return mask if mask.ndim != 2 else mask.to(torch.bool)
+        # Of a static cache it covers slots that are not filled.
+        seen: torch.Tensor = mask[..., :total]
+        return seen if seen.ndim != 2 else seen.to(torch.bool)
 
 
 @dataclass(frozen=True)
@@ -263,7 +344,7 @@ class _RememberMask:
 
     def __call__(self, base: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         given = _signature(type(base).forward).bind_partial(base, *args, **kwargs).arguments
-        self.passage.remember(given.get("attention_mask"))
+        self.passage.begin(given.get("attention_mask"))
 
 
 @functools.cache
@@ -276,11 +357,11 @@ class TrunkBlock:
 
     Attributes:
         passage: Of the model; shared by its blocks.
-        first: Whether this block carries the hidden states.
+        index: Of the block in the whole model.
     """
 
     passage: Passage
-    first: bool
+    index: int
 
     # The trunk decides what it keeps of a forward: a checkpoint here would only send it twice.
     gradient_checkpointing = property(lambda self: False, lambda self, value: None)
@@ -298,7 +379,7 @@ class TrunkBlock:
 
         Raises:
             AdapterError: If a keyword is given that the trunk does not know.
-            TrunklineError: What :meth:`Passage.through` raises.
+            TrunklineError: What :meth:`Passage.pass_block` raises.
         """
         said = {n for n, value in kwargs.items() if value is not None and value is not False}
         foreign = said - _MADE_OF_OTHERS - _OF_FLASH
@@ -307,13 +388,13 @@ class TrunkBlock:
                 f"{', '.join(sorted(foreign))} given to the trunk's blocks: accepted are the "
                 f"attention mask, positions and a cache"
             )
-        if not self.first:
-            return hidden_states
         if past_key_values is None:
             # GPT-2 passes the cache by position, GPT-NeoX under its older name.
             past_key_values = args[0] if args else kwargs.get("layer_past")
         training: bool = self.training  # type: ignore[attr-defined]
-        return self.passage.through(hidden_states, position_ids, past_key_values, training)
+        return self.passage.pass_block(
+            self.index, hidden_states, position_ids, past_key_values, training
+        )
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Its class is made as the program runs, so pickle is told how."""
@@ -327,10 +408,10 @@ def _hides_nothing(mask: torch.Tensor) -> bool:
 _classes: dict[type, type] = {}
 
 
-def put_in_place(block: nn.Module, passage: Passage, first: bool) -> None:
+def put_in_place(block: nn.Module, passage: Passage, index: int) -> None:
     """Makes a hollow block one that the trunk computes."""
     block.__class__ = _trunk_class(type(block))
-    block.passage, block.first = passage, first  # type: ignore[assignment]
+    block.passage, block.index = passage, index  # type: ignore[assignment]
 
 
 def _trunk_class(plain: type) -> type:

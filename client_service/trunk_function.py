@@ -138,6 +138,11 @@ class TrunkFunction:
         Raises:
             TrunklineError: What the trunk answered, if it refused.
         """
+        if torch._C._functorch.maybe_current_level() is not None:
+            raise AdapterError(
+                "transforms of torch.func do not pass the trunk: accepted are backward() and "
+                "torch.autograd.grad()"
+            )
         self._release_dropped()
         _, tensors = adapters
         wanted = any(t.requires_grad for t in (hidden_BTD, *call.past))
@@ -350,7 +355,21 @@ class _Forward(torch.autograd.Function):
         return output_BTD
 
     @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> None:
+        raise AdapterError(
+            "forward-mode derivatives do not pass the trunk: accepted are backward() and "
+            "torch.autograd.grad()"
+        )
+
+    @staticmethod
     def backward(ctx: Any, gradient_BTD: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        functorch = torch._C._functorch
+        batched = functorch.is_batchedtensor, functorch.is_legacy_batchedtensor
+        if any(is_one(gradient_BTD) for is_one in batched):
+            raise AdapterError(
+                "several gradients at once (is_grads_batched) do not pass the trunk: accepted is "
+                "one after the other, with retain_graph=True"
+            )
         found = _gradients(ctx, gradient_BTD)
         if torch.is_grad_enabled():  # create_graph=True
             at = [i for i, tensor in enumerate(found) if tensor is not None]

@@ -16,6 +16,7 @@ from torch import nn
 from transformers import Cache, DynamicCache
 
 from client_service.adapter_structure import Blocks, adapter_structure, adapter_tensors
+from client_service.unchanged_blocks import UnchangedBlocks
 from shared.adapters.structure import Structure, Value, base_name
 from shared.errors import SharedWeightsError, TrunklineError
 from shared.models import SplitRange
@@ -72,6 +73,7 @@ class Pair:
         self.part = trunk._part
         self.whole: Any = tiny_model(family, **changes(family))
         self.split: Any = hollowed(self.whole, self.family, Matrices(trunk, served))
+        self._unchanged = UnchangedBlocks(self.blocks, self.split.config)
         self.peft: Any = None
         self.peft_split: Any = None
 
@@ -97,6 +99,7 @@ class Pair:
 
     def structure(self) -> Structure:
         configs = {} if self.peft_split is None else self.peft_split.peft_config
+        self._unchanged.check(self.blocks, self.split.config)
         return adapter_structure(self.blocks, configs)
 
     def tree(self, limits: TreeLimits | None = None) -> TenantTree:

@@ -54,8 +54,8 @@ def public_calls() -> set[str]:
             for name in dir(walked)
             if not name.startswith("_")
             and _is_call(inspect.getattr_static(walked, name))
-            # What tuners have of torch is as PeftModel has it.
-            and (walked is PeftModel or _owner(walked, name) is not nn.Module)
+            # What tuners have of torch is as PeftModel has it; transformers adds to torch's class.
+            and (_owner(walked, name) is not nn.Module or (walked is PeftModel and _is_torch(name)))
         }
     return found
 
@@ -68,6 +68,10 @@ def is_refused(call: str) -> bool:
 
 def _owner(walked: type, name: str) -> type:
     return next(one for one in walked.__mro__ if name in vars(one))
+
+
+def _is_torch(name: str) -> bool:
+    return str(getattr(vars(nn.Module)[name], "__module__", "torch")).startswith("torch")
 
 
 def _is_call(value: Any) -> bool:

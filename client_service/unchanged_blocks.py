@@ -1,0 +1,180 @@
+"""Notices what ordinary code changed in the trunk's blocks that the trunk would not hear of.
+
+Adapters, vectors, dropout and switches travel. A layer of another class, an attribute that a layer
+computes with, a method that somebody replaced: these would change the client's own blocks and not
+the trunk's, so they are refused by name.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
+from torch import nn
+from torch.nn.modules import module as torch_module
+
+from shared.adapters.structure import base_name
+from shared.errors import AdapterError
+
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_LIBRARIES = ("torch.", "transformers.", "peft.", "bitsandbytes.")
+_OURS = ("client_service.", "shared.")
+_TRAVELS = frozenset({"p", "inplace", "attention_dropout", "training"})
+"""Attributes of dropout layers and attention that the trunk is told."""
+_MOVES = frozenset({"max_seq_len_cached", "gradient_checkpointing"})
+"""Attributes that a forward changes by itself, or that mean nothing in these blocks."""
+_PLAIN = (bool, int, float, str, type(None), tuple)
+_CONFIG = ("sliding_window", "layer_types", "attention_chunk_size", "is_causal")
+"""Fields of the model's configuration that masks are made of at every call."""
+
+
+@dataclass(frozen=True)
+class _Layer:
+    """A layer of the family's own: its class by name, and its plain attributes."""
+
+    made_as: str
+    attributes: Mapping[str, Any]
+
+
+class UnchangedBlocks:
+    """The trunk's blocks as they were made.
+
+    Args:
+        blocks: By full name, before anybody had them.
+        config: Of the whole model.
+    """
+
+    def __init__(self, blocks: Iterable[tuple[str, nn.Module]], config: Any) -> None:
+        self._layers = {path: _layer(module) for path, module in _walk(blocks)}
+        self._config = _masks_of(config)
+
+    def check(self, blocks: Iterable[tuple[str, nn.Module]], config: Any) -> None:
+        """Compares them with what they are now.
+
+        Args:
+            blocks: As they are, with PEFT's layers around some of the family's.
+            config: As it is.
+
+        Raises:
+            AdapterError: Names a layer and what was changed.
+        """
+        blocks = list(blocks)
+        whole = {id(block) for _, block in blocks}
+        now = _masks_of(config)
+        if changed := [name for name, value in self._config.items() if now[name] != value]:
+            name = changed[0]
+            raise AdapterError(
+                f"config.{name} was changed to {now[name]!r} after the model was opened, which the "
+                f"trunk's blocks do not hear of: accepted is the model's own {self._config[name]!r}"
+            )
+        missing = dict(self._layers)
+        within_peft = "\0"
+        for path, module in _walk(blocks):
+            _check_called(path, module, inside=id(module) not in whole)
+            if isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper):
+                within_peft = f"{path}."
+                continue
+            known = missing.pop(base_name(f"{path}.").rstrip("."), None)
+            if known is not None:
+                _check_layer(path, known, _layer(module))
+            elif not path.startswith(within_peft):
+                raise AdapterError(
+                    f"{path} was added to the trunk's blocks, which the trunk would not compute: "
+                    f"accepted are PEFT's adapters"
+                )
+        if missing:
+            raise AdapterError(
+                f"{min(missing)} was taken out of the trunk's blocks, which would be computed all "
+                f"the same: accepted are the family's own blocks"
+            )
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether somebody put a hook on a module, or a forward in the place of its own."""
+    hooks = (hook for kind in _HOOKS for hook in getattr(module, kind).values())
+    return "forward" in module.__dict__ or any(not _is_known(hook) for hook in hooks)
+
+
+def _walk(blocks: Iterable[tuple[str, nn.Module]]) -> Iterator[tuple[str, nn.Module]]:
+    for prefix, block in blocks:
+        yield from block.named_modules(prefix=prefix, remove_duplicate=False)
+
+
+def _masks_of(config: Any) -> dict[str, Any]:
+    found = {name: getattr(config, name, None) for name in _CONFIG}
+    return {n: tuple(value) if isinstance(value, list) else value for n, value in found.items()}
+
+
+def _layer(module: nn.Module) -> _Layer:
+    made = type(module)
+    attributes = {
+        name: value
+        for name, value in module.__dict__.items()
+        if isinstance(value, _PLAIN) and not name.startswith("_") and name not in _TRAVELS | _MOVES
+    }
+    return _Layer(f"{made.__module__}.{made.__qualname__}", attributes)
+
+
+def _check_layer(path: str, known: _Layer, now: _Layer) -> None:
+    if known.made_as != now.made_as:
+        raise AdapterError(
+            f"{path} was replaced by a {now.made_as}, which would never run: the trunk computes "
+            f"this layer; accepted is {known.made_as}"
+        )
+    for name, value in known.attributes.items():
+        found = now.attributes.get(name, value)
+        if found != value and not (found != found and value != value):
+            raise AdapterError(
+                f"{path}.{name} was set to {found!r}, which the trunk does not hear of: accepted "
+                f"is {value!r}, as the model was opened with"
+            )
+
+
+def _check_called(path: str, module: nn.Module, inside: bool) -> None:
+    """Refuses what would be done in a layer's call, since this one is called at the trunk."""
+    forward = _forward_of(type(module))
+    what = ""
+    if not _source(forward).startswith(_LIBRARIES):
+        what = f"the forward of {_source(forward)}{forward.__qualname__}"
+    elif inside and has_hooks(module):
+        what = "a forward of its own" if "forward" in module.__dict__ else "a hook"
+    if what:
+        raise AdapterError(
+            f"{path} was given {what}, which would never run: the trunk computes this layer; "
+            f"accepted are hooks on whole blocks and on the client's own layers"
+        )
+
+
+def check_no_global_hooks() -> None:
+    """Refuses torch's hooks on every module: those inside the trunk's blocks are not called.
+
+    Raises:
+        AdapterError: Names the kind.
+    """
+    for kind in ("forward", "forward_pre", "backward", "backward_pre"):
+        hooks = getattr(torch_module, f"_global_{kind}_hooks")
+        if any(not _is_known(hook) for hook in hooks.values()):
+            raise AdapterError(
+                f"a global {kind} hook would not be called for the layers that the trunk computes: "
+                f"accepted are hooks on the client's own layers and on whole blocks"
+            )
+
+
+def _forward_of(made: type) -> Any:
+    """The forward that a class has without the classes that are mixed in here."""
+    found = (c.__dict__["forward"] for c in made.__mro__ if "forward" in c.__dict__)
+    return next(f for f in found if not _source(f).startswith(_OURS))
+
+
+def _source(function: Any) -> str:
+    """The module that a function was written in, with a dot; ``__module__`` may be another's."""
+    return f"{getattr(function, '__globals__', {}).get('__name__')}."
+
+
+def _is_known(hook: Any) -> bool:
+    function = hook.func if isinstance(hook, functools.partial) else hook
+    return _source(function).startswith(("peft.", "transformers."))
