@@ -86,7 +86,7 @@ def with_skeleton(
     blocks = _put_blocks(model, config, family, split, session, (below, above), secret, copied)
     for name, block in blocks.items():
         _take_trained_vectors(block, f"{family.layer_prefix}{name}", checkpoint)
-    model.passage.watch_mask()
+    model.passage.watch_calls()
     if dropout is not None:
         set_dropout(model, dropout)
     if (Path(checkpoint.folder) / "generation_config.json").is_file():

@@ -25,6 +25,7 @@ from client_service.adapter_structure import (
     check_shared,
     mixed_adapter_names,
 )
+from client_service.adapter_watch import AdapterWatch, Switches, check_same
 from client_service.calls import ForwardCall
 from client_service.dropout_key import dropout_key, user_secret
 from client_service.remote_cache import RemoteCacheLayer, past_of, put_remote_layers
@@ -76,6 +77,8 @@ class _Call:
     """Tokens that the cache had before; None before the first block."""
     dropout_key: bytes | None = None
     """None until a block draws."""
+    switches: Switches = ()
+    """As the call began."""
 
 
 class Passage:
@@ -102,6 +105,9 @@ class Passage:
         self.function = function
         self._here = threading.local()
         self._unchanged = UnchangedBlocks(self.blocks(), model.config)
+        blocks = [block for _, block in self.blocks()[: self._count]]
+        self._watch = AdapterWatch(model, blocks)
+        self._looked: tuple[object, ...] = ()
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if name != "_here"}
@@ -135,6 +141,8 @@ class Passage:
         tensors = adapter_tensors(blocks, self.function.dtype)
         layers = getattr(getattr(self._model, self._family.base), self._family.layers)
         check_shared(layers, tensors, self.function.held)
+        self._watch.list_anew()
+        self._looked = self._watch.switches(), self._watch.writes()
         return adapter_structure(blocks, configs), tensors
 
     def check(self) -> None:
@@ -147,18 +155,27 @@ class Passage:
             hidden_11D = torch.zeros(1, 1, self.function.session.info.hidden_size)
             self.function(hidden_11D, ForwardCall(attention=self._attention()), self.adapters())
 
-    def watch_mask(self) -> None:
-        """Remembers the attention mask of every forward of the base model, by thread.
+    def watch_calls(self) -> None:
+        """Notes the beginning and the end of every forward of the base model, by thread.
 
         Blocks are given the mask that transformers made of it; the trunk's own forward makes that
         itself and needs the original.
         """
         base: Any = getattr(self._model, self._family.base)
-        base.register_forward_pre_hook(_RememberMask(self), with_kwargs=True)
+        base.register_forward_pre_hook(_Begin(self), with_kwargs=True)
+        base.register_forward_hook(_End(self))
 
     def begin(self, mask: Any) -> None:
         """Takes the mask of the forward that this thread is about to run."""
-        self._here.call = _Call(mask)
+        self._here.call = _Call(mask, switches=self._watch.switches())
+
+    def end(self) -> None:
+        """Looks whether the forward that this thread has run was one.
+
+        Raises:
+            AdapterError: If adapters were switched meanwhile.
+        """
+        check_same(self._here.call.switches, self._watch.switches())
 
     def pass_block(
         self,
@@ -228,6 +245,7 @@ class Passage:
             TrunklineError: What the trunk answered, if it refused.
         """
         current: _Call = self._here.call
+        check_same(current.switches, self._watch.switches())
         training = self._draws(training)
         adapters = functools.cache(self.adapters)
         layer = None if cache is None else self._cache_layer(cache, current)
@@ -276,7 +294,9 @@ class Passage:
             past=past if is_first else (),  # the first block's forward puts it into all of them
             cached_tokens=0 if past and is_first else cached,
         )
-        return self.function.forward_cached(hidden_BTD, call, adapters, layer)
+        as_before = (current.switches, self._watch.writes()) == self._looked
+        decoding = hidden_BTD.shape[1] == 1 and bool(call.cached_tokens) and as_before
+        return self.function.forward_cached(hidden_BTD, call, adapters, layer, decoding)
 
     def _draws(self, training: bool) -> bool:
         """The mode of the blocks' dropout layers; without any, that of the blocks.
@@ -337,14 +357,26 @@ class Passage:
 
 
 @dataclass(frozen=True)
-class _RememberMask:
+class _Begin:
     """A hook that is copied and pickled with the model."""
 
     passage: Passage
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def __call__(self, base: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         given = _signature(type(base).forward).bind_partial(base, *args, **kwargs).arguments
         self.passage.begin(given.get("attention_mask"))
+
+
+@dataclass(frozen=True)
+class _End:
+    """A hook that is copied and pickled with the model."""
+
+    passage: Passage
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def __call__(self, base: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        self.passage.end()
 
 
 @functools.cache

@@ -245,20 +245,27 @@ class TrunkFunction:
         call: ForwardCall,
         adapters: Callable[[], Adapters],
         cache: History,
+        same_adapters: bool,
     ) -> torch.Tensor:
         """Carries new tokens through the trunk, extending its cache; fills a lost one anew.
 
-        While single tokens are decoded the adapters are not looked at.
+        Args:
+            hidden_BTD: Of the new tokens.
+            call: What goes with them.
+            adapters: Gives them as they are.
+            cache: What stands for it here.
+            same_adapters: Takes them to be what they were in the forward before.
 
         Raises:
             TrunklineError: What the trunk answered, if it refused.
         """
         self._release_dropped()
-        decoding = hidden_BTD.shape[1] == 1 and bool(call.cached_tokens)
         for last in range(1 - _ATTEMPTS, 1):
             asked = replace(call, cache_id=cache.cache_id)
             try:
-                output_BTD, computed = self.forward_noted(hidden_BTD, asked, adapters, decoding)
+                output_BTD, computed = self.forward_noted(
+                    hidden_BTD, asked, adapters, same_adapters
+                )
             except UnknownRequestError:
                 if last == 0:
                     raise

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+from peft.tuners.lora import LoraLayer
 from torch import nn
 from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
@@ -278,6 +279,54 @@ def keys_of_a_cache(model: Any) -> torch.Tensor:
     again = DynamicCache([(layer.keys, layer.values) for layer in cache.layers])
     logits: torch.Tensor = model(input_ids=ids(2, 1, 5), past_key_values=again).logits
     return logits
+
+
+@torch.no_grad()
+def _changed_between_tokens(model: Any, change: Callable[[], Any]) -> torch.Tensor:
+    cache = dynamic(model)
+    found = [model(input_ids=ids(), past_key_values=cache, use_cache=True).logits[:, -1:]]
+    found.append(model(input_ids=ids(1), past_key_values=cache).logits)
+    change()
+    found += [model(input_ids=ids(1), past_key_values=cache).logits for _ in range(2)]
+    return torch.cat(found, 1)
+
+
+@_way
+def adapter_switched_between_tokens(model: Any) -> torch.Tensor:
+    tuner = model.base_model
+    found = _changed_between_tokens(model, tuner.disable_adapter_layers)
+    return torch.cat([found, _changed_between_tokens(model, tuner.enable_adapter_layers)])
+
+
+@_way
+def scaling_changed_between_tokens(model: Any) -> torch.Tensor:
+    layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
+    before = [layer.scaling["default"] for layer in layers]
+
+    def scale() -> None:
+        for layer in layers:
+            layer.scale_layer(3.0)
+
+    found = _changed_between_tokens(model, scale)
+    for layer, kept in zip(layers, before, strict=True):
+        layer.scaling["default"] = kept
+    return found
+
+
+@_way
+def adapter_written_between_tokens(model: Any) -> torch.Tensor:
+    trained = [p for p in model.parameters() if p.requires_grad]
+    before = [p.detach().clone() for p in trained]
+
+    def write() -> None:
+        for parameter in trained:
+            parameter.mul_(2.0)
+
+    found = _changed_between_tokens(model, write)
+    with torch.no_grad():
+        for parameter, kept in zip(trained, before, strict=True):
+            parameter.copy_(kept)
+    return found
 
 
 # Generation

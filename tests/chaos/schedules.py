@@ -25,6 +25,7 @@ import torch
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, precondition, rule, run_state_machine_as_test
+from transformers.cache_utils import DynamicLayer
 
 from client_service.calls import ForwardCall, SessionTerms
 from client_service.remote_cache import RemoteCacheLayer
@@ -204,12 +205,13 @@ class Network(RuleBasedStateMachine):
 
     @torch.no_grad()
     def decode(self) -> list[torch.Tensor]:
-        cache, found = RemoteCacheLayer(self.function), []
+        cache, found = RemoteCacheLayer(self.function, DynamicLayer()), []
+        forward = self.function.forward_cached
         for hidden in tokens(self.step):
             cached = cache.get_seq_length()
             edits = cache.take_edits(hidden.shape[1])
             call = ForwardCall(cache_edits=edits, cached_tokens=cached)
-            found.append(self.function.forward_cached(hidden, call, lambda: self.adapters, cache))
+            found.append(forward(hidden, call, lambda: self.adapters, cache, bool(cached)))
         return found
 
     def let_go_on(self) -> None:
