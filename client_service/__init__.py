@@ -1,10 +1,13 @@
 """The client: bottom, top, labels and loss, with the trunk's blocks somewhere else."""
 
+import os
 from typing import TYPE_CHECKING, Any
 
 from shared.openmp import wait_passively
 
 wait_passively()
+# gRPC writes lines of its own, such as one for every worker of a DataLoader.
+os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
 
 if TYPE_CHECKING:
     from client_service.fresh_ends import redraw_ends

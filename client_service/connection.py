@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+import os
 import queue
 import threading
 from collections.abc import Callable, Iterator, Mapping
@@ -54,6 +55,9 @@ Answer = Incoming[pb.SessionResponse]
 
 _LAST_ID = (1 << 63) - 1
 
+_process = 0
+"""That has opened the first channel."""
+
 
 @dataclass
 class Traffic:
@@ -72,9 +76,16 @@ def open_channel(address: str, credentials: Credentials | None = None) -> grpc.C
             channel is plain.
 
     Raises:
-        InvalidInputError: If a file of the credentials is unusable, or there are none and the
-            address is not on this machine.
+        InvalidInputError: If a file of the credentials is unusable, there are none and the address
+            is not on this machine, or this process was forked from one that has opened a channel.
     """
+    global _process
+    _process = _process or os.getpid()
+    if _process != os.getpid():
+        raise InvalidInputError(
+            "this process was forked from one that had opened a session, after which gRPC hangs: "
+            "accepted are models that are opened in a process that was spawned"
+        )
     credentials = credentials or Credentials.from_environment()
     if credentials is not None:
         return grpc.secure_channel(address, credentials.for_channel(), options=CHANNEL_OPTIONS)

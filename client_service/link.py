@@ -8,7 +8,9 @@ and ask for it again (see :mod:`client_service.trunk_function`).
 
 from __future__ import annotations
 
+import gc
 import logging
+import os
 import random
 import threading
 import time
@@ -27,6 +29,7 @@ from client_service.connection import (
 )
 from client_service.credentials import Credentials
 from shared.errors import (
+    InvalidInputError,
     ModelMismatchError,
     ResourceExhaustedError,
     StaleSessionError,
@@ -40,6 +43,8 @@ from shared.wire.formats import Packed
 logger = logging.getLogger(__name__)
 
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.1, 2.0
+_TIDYING_S = 0.5
+"""What ending many sessions may take."""
 
 Check = Callable[[str, pb.GetInfoResponse], None]
 
@@ -89,11 +94,21 @@ class SessionLink:
         self._next_id = 2  # 1 is Open's, on every connection
         self._recovering = self._resumable = self._closed = False
         self._failure: TrunklineError | None = None
+        self._process = os.getpid()
         self._open_first()
         info, self._epoch = self.info, self.opened.epoch
         self._weights = info.weight_digest, info.quantization, info.compute_dtype
 
     def _open_first(self) -> None:
+        try:
+            self._open_any()
+        except ResourceExhaustedError:
+            # Models that were dropped and wait for the collector still have sessions.
+            gc.collect()
+            time.sleep(_TIDYING_S)
+            self._open_any()
+
+    def _open_any(self) -> None:
         for last, address in enumerate(self._addresses, 1 - len(self._addresses)):
             try:
                 self._connection, self.info, self.opened = self._open_at(address)
@@ -112,6 +127,7 @@ class SessionLink:
         Raises:
             TrunklineError: If the session is lost for good.
         """
+        self.check_process()
         with self._changed:
             self._changed.wait_for(lambda: self._ready or self._failure or self._closed)
             self._check_alive()
@@ -154,12 +170,26 @@ class SessionLink:
                 raise failure from error
 
     def close(self) -> None:
-        """Ends the session; the trunk frees what it held."""
+        """Ends the session; the trunk frees what it held. A forked process leaves it alone."""
+        if os.getpid() != self._process:
+            return
         with self._changed:
             self._closed = True
             self._changed.notify_all()
             connection = self._connection
         connection.close()
+
+    def check_process(self) -> None:
+        """Refuses a process that was forked: its threads and locks are not those of the session.
+
+        Raises:
+            InvalidInputError: In such a process.
+        """
+        if os.getpid() != self._process:
+            raise InvalidInputError(
+                "this process was forked from the one that opened the session: accepted are calls "
+                "there, and models that are opened in a process that was spawned"
+            )
 
     @property
     def _ready(self) -> bool:

@@ -115,6 +115,14 @@ class TrunkSession:
         """Bytes sent and received so far."""
         return self._link.traffic
 
+    def check_process(self) -> None:
+        """Refuses a process that was forked from the session's.
+
+        Raises:
+            InvalidInputError: In such a process.
+        """
+        self._link.check_process()
+
     def forward(self, hidden_BTD: torch.Tensor, call: ForwardCall) -> torch.Tensor:
         """Carries hidden states [B, T, D] through the trunk.
 

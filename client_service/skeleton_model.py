@@ -155,6 +155,16 @@ class _Split:
     remote_trunk: TrunkFunction
     split: SplitRange
 
+    def close(self) -> None:
+        """Ends the session; PEFT's model around this one has the call as well."""
+        self.remote_trunk.close()
+
+    def __enter__(self) -> Any:
+        return self
+
+    def __exit__(self, *raised: object) -> None:
+        self.close()
+
     def save_pretrained(
         self, save_directory: Any, is_main_process: bool = True, **kwargs: Any
     ) -> None:

@@ -166,7 +166,12 @@ class Passage:
         base.register_forward_hook(_End(self))
 
     def begin(self, mask: Any) -> None:
-        """Takes the mask of the forward that this thread is about to run."""
+        """Takes the mask of the forward that this thread is about to run.
+
+        Raises:
+            InvalidInputError: In a forked process, where the blocks before may hang already.
+        """
+        self.function.session.check_process()
         self._here.call = _Call(mask, switches=self._watch.switches())
 
     def end(self) -> None:

@@ -206,9 +206,15 @@ class TrunkFunction:
             self._sent.forget()
 
     def close(self) -> None:
-        """Ends the session."""
+        """Ends the session; may be called again."""
         self._end.detach()
         self.session.close()
+
+    def __enter__(self) -> TrunkFunction:
+        return self
+
+    def __exit__(self, *raised: object) -> None:
+        self.close()
 
     def forward_noted(
         self,
@@ -283,6 +289,7 @@ class TrunkFunction:
         push: Callable[[], _Push],
     ) -> torch.Tensor:
         """Asks with what has changed, then with everything, if the trunk has something else."""
+        self.session.check_process()  # whose lock may be held for ever
         hidden_BTD = hidden_BTD.detach()
         # Other forwards are no stage of a micro-batch: nothing else computes meanwhile.
         with others_compute() if call.keep_graph else nullcontext():
@@ -326,6 +333,7 @@ class TrunkFunction:
             before = once
 
     def _release_dropped(self) -> None:
+        self.session.check_process()
         dropped = [self._dropped.popleft() for _ in range(len(self._dropped))]
         if not dropped:
             return
