@@ -10,8 +10,8 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
+from shared.adapters.structure import scaling_of
 from shared.errors import AdapterError
-from shared.skeleton import RemoteTensor
 
 Switches = tuple[object, ...]
 """What PEFT's layers keep in plain attributes, and the modes of blocks."""
@@ -27,44 +27,32 @@ class AdapterWatch:
 
     def __init__(self, model: nn.Module, blocks: Sequence[nn.Module]) -> None:
         self._model, self._blocks = model, blocks
-        self._listed: Switches | None = None
+        self._known: tuple[str, ...] = ()
         self._layers: list[Any] = []
-        self._tensors: list[torch.Tensor] = []
+        self.tensors: list[torch.Tensor] = []
+        """Those of the trunk's blocks that are here, as they were looked at last."""
 
     def switches(self) -> Switches:
         """What says which adapters are computed with, and how."""
         known = tuple(getattr(self._model, "peft_config", None) or ())
-        if known != self._listed:
-            self.list_anew()
+        if known != self._known:
+            adapted = BaseTunerLayer | AuxiliaryTrainingWrapper
+            self._layers = [m for m in self._model.modules() if isinstance(m, adapted)]
+            self._known = known
         modes = tuple(block.training for block in self._blocks)
-        return (
-            known,
-            modes,
-            *(
-                (
-                    tuple(layer.active_adapters),
-                    layer.disable_adapters,
-                    tuple(layer.__dict__.get("scaling", {}).items()),
-                )
-                for layer in self._layers
-            ),
+        states = (
+            (
+                tuple(layer.active_adapters),
+                layer.disable_adapters,
+                tuple(scaling_of(layer).items()),
+            )
+            for layer in self._layers
         )
+        return known, modes, *states
 
     def writes(self) -> tuple[tuple[int, int], ...]:
-        """Which tensors the trunk's blocks have here, and torch's count of writes into each."""
-        return tuple((id(tensor), tensor._version) for tensor in self._tensors)
-
-    def list_anew(self) -> None:
-        """Finds PEFT's layers, and the tensors in the trunk's blocks."""
-        self._listed = tuple(getattr(self._model, "peft_config", None) or ())
-        adapted = BaseTunerLayer | AuxiliaryTrainingWrapper
-        self._layers = [m for m in self._model.modules() if isinstance(m, adapted)]
-        self._tensors = [
-            tensor
-            for block in self._blocks
-            for tensor in (*block.parameters(), *block.buffers())
-            if not isinstance(tensor, RemoteTensor)
-        ]
+        """Torch's count of writes into each of the tensors."""
+        return tuple((id(tensor), tensor._version) for tensor in self.tensors)
 
 
 def check_same(before: Switches, now: Switches) -> None:

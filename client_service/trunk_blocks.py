@@ -141,7 +141,7 @@ class Passage:
         tensors = adapter_tensors(blocks, self.function.dtype)
         layers = getattr(getattr(self._model, self._family.base), self._family.layers)
         check_shared(layers, tensors, self.function.held)
-        self._watch.list_anew()
+        self._watch.tensors = [tensor for _, tensor in tensors]
         self._looked = self._watch.switches(), self._watch.writes()
         return adapter_structure(blocks, configs), tensors
 

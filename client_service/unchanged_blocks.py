@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
@@ -36,7 +36,7 @@ _CONFIG = ("sliding_window", "layer_types", "attention_chunk_size", "is_causal")
 class _Layer:
     """A layer of the family's own: its class by name, and its plain attributes."""
 
-    made_as: str
+    made_as: tuple[str, str]
     attributes: Mapping[str, Any]
 
 
@@ -73,14 +73,21 @@ class UnchangedBlocks:
             )
         missing = dict(self._layers)
         within_peft = "\0"
+        sources: dict[type, str] = {}
         for path, module in _walk(blocks):
-            _check_called(path, module, inside=id(module) not in whole)
-            if isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper):
+            made = type(module)
+            if made not in sources:
+                sources[made] = _foreign_forward(made)
+            if sources[made]:
+                _refuse_call(path, f"the forward of {sources[made]}")
+            if id(module) not in whole and has_hooks(module):
+                _refuse_call(path, _what(module))
+            if issubclass(made, BaseTunerLayer | AuxiliaryTrainingWrapper):
                 within_peft = f"{path}."
                 continue
             known = missing.pop(base_name(f"{path}.").rstrip("."), None)
             if known is not None:
-                _check_layer(path, known, _layer(module))
+                _check_layer(path, known, module)
             elif not path.startswith(within_peft):
                 raise AdapterError(
                     f"{path} was added to the trunk's blocks, which the trunk would not compute: "
@@ -95,8 +102,10 @@ class UnchangedBlocks:
 
 def has_hooks(module: nn.Module) -> bool:
     """Whether somebody put a hook on a module, or a forward in the place of its own."""
-    hooks = (hook for kind in _HOOKS for hook in getattr(module, kind).values())
-    return "forward" in module.__dict__ or any(not _is_known(hook) for hook in hooks)
+    own = module.__dict__
+    if "forward" in own:
+        return True
+    return any(own[kind] and not all(map(_is_known, own[kind].values())) for kind in _HOOKS)
 
 
 def _walk(blocks: Iterable[tuple[str, nn.Module]]) -> Iterator[tuple[str, nn.Module]]:
@@ -116,37 +125,43 @@ def _layer(module: nn.Module) -> _Layer:
         for name, value in module.__dict__.items()
         if isinstance(value, _PLAIN) and not name.startswith("_") and name not in _TRAVELS | _MOVES
     }
-    return _Layer(f"{made.__module__}.{made.__qualname__}", attributes)
+    return _Layer((made.__module__, made.__qualname__), attributes)
 
 
-def _check_layer(path: str, known: _Layer, now: _Layer) -> None:
-    if known.made_as != now.made_as:
+def _check_layer(path: str, known: _Layer, module: nn.Module) -> None:
+    made = type(module)
+    if known.made_as != (made.__module__, made.__qualname__):
         raise AdapterError(
-            f"{path} was replaced by a {now.made_as}, which would never run: the trunk computes "
-            f"this layer; accepted is {known.made_as}"
+            f"{path} was replaced by a {made.__module__}.{made.__qualname__}, which would never "
+            f"run: the trunk computes this layer; accepted is {'.'.join(known.made_as)}"
         )
+    own = module.__dict__
     for name, value in known.attributes.items():
-        found = now.attributes.get(name, value)
-        if found != value and not (found != found and value != value):
+        found = own.get(name, value)
+        if found is not value and found != value:
             raise AdapterError(
                 f"{path}.{name} was set to {found!r}, which the trunk does not hear of: accepted "
                 f"is {value!r}, as the model was opened with"
             )
 
 
-def _check_called(path: str, module: nn.Module, inside: bool) -> None:
+def _foreign_forward(made: type) -> str:
+    """Whose a class's forward is, if no library's that the trunk has too."""
+    forward = _forward_of(made)
+    source = _source(forward)
+    return "" if source.startswith(_LIBRARIES) else f"{source}{forward.__qualname__}"
+
+
+def _what(module: nn.Module) -> str:
+    return "a forward of its own" if "forward" in module.__dict__ else "a hook"
+
+
+def _refuse_call(path: str, what: str) -> NoReturn:
     """Refuses what would be done in a layer's call, since this one is called at the trunk."""
-    forward = _forward_of(type(module))
-    what = ""
-    if not _source(forward).startswith(_LIBRARIES):
-        what = f"the forward of {_source(forward)}{forward.__qualname__}"
-    elif inside and has_hooks(module):
-        what = "a forward of its own" if "forward" in module.__dict__ else "a hook"
-    if what:
-        raise AdapterError(
-            f"{path} was given {what}, which would never run: the trunk computes this layer; "
-            f"accepted are hooks on whole blocks and on the client's own layers"
-        )
+    raise AdapterError(
+        f"{path} was given {what}, which would never run: the trunk computes this layer; accepted "
+        f"are hooks on whole blocks and on the client's own layers"
+    )
 
 
 def check_no_global_hooks() -> None:
