@@ -5,10 +5,10 @@ BIN := .venv/bin
 READY := .venv/.ready
 PARTS := shared trunk_service client_service
 
-demo test test-cpus test-slow test-gpu bench parity chaos fuzz: export OMP_WAIT_POLICY = PASSIVE
+demo test test-cpus test-slow test-clients test-gpu bench parity chaos fuzz: export OMP_WAIT_POLICY = PASSIVE
 
 .DEFAULT_GOAL := help
-.PHONY: help setup smollm2 demo test test-cpus test-slow test-gpu chaos fuzz lint types proto proto-check bench parity up down
+.PHONY: help setup smollm2 demo test test-cpus test-slow test-clients test-gpu chaos fuzz lint types proto proto-check bench parity up down
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -34,6 +34,12 @@ test-cpus: $(READY) ## run the numeric tests with the kernels that other process
 
 test-slow: $(READY) smollm2 ## run the slow tests
 	$(BIN)/pytest -m "slow and not gpu"
+
+test-clients: ## run other people's libraries against the split model, in an environment of their own
+	$(PYTHON) -m venv .venv-clients
+	.venv-clients/bin/pip install --disable-pip-version-check $(PIP_FLAGS) -c constraints.txt -e '.[dev]' \
+		captum==0.9.0 lm-eval==0.4.13
+	.venv-clients/bin/pytest -n 2 tests/clients
 
 test-gpu: $(READY) ## run the tests of a CUDA device, and every trunk of the others on it
 	$(BIN)/pytest -m gpu

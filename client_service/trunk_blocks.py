@@ -354,11 +354,14 @@ class Passage:
                 f"attention_mask is a {type(mask).__name__}: accepted are tensors [B, S] and "
                 f"[B, 1, T, S]"
             )
-        if mask.shape[-1] < total:
-            raise TensorError(f"attention_mask covers {mask.shape[-1]} tokens, there are {total}")
         # Of a static cache it covers slots that are not filled.
         seen: torch.Tensor = mask[..., :total]
-        return seen if seen.ndim != 2 else seen.to(torch.bool)
+        if seen.ndim == 2:
+            # As transformers has it, tokens that a mask does not cover are hidden.
+            return nn.functional.pad(seen.to(torch.bool), (0, total - seen.shape[-1]))
+        if seen.shape[-1] < total:
+            raise TensorError(f"attention_mask covers {seen.shape[-1]} tokens, there are {total}")
+        return seen
 
 
 @dataclass(frozen=True)

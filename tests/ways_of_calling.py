@@ -281,6 +281,19 @@ def keys_of_a_cache(model: Any) -> torch.Tensor:
     return logits
 
 
+@_way
+@torch.no_grad()
+def masks_longer_and_shorter_than_the_tokens(model: Any) -> torch.Tensor:
+    found = []
+    for first, second in ((9, 12), (7, 6), (5, 10)):
+        cache = dynamic(model)
+        mask = torch.ones(2, 12, dtype=torch.long)
+        for count, given in ((first, ids()), (second, ids(3))):
+            output = model(input_ids=given, attention_mask=mask[:, :count], past_key_values=cache)
+            found.append(output.logits)
+    return torch.cat(found, 1)
+
+
 @torch.no_grad()
 def _changed_between_tokens(model: Any, change: Callable[[], Any]) -> torch.Tensor:
     cache = dynamic(model)
