@@ -31,6 +31,7 @@ class AdapterWatch:
         self._layers: list[Any] = []
         self.tensors: list[torch.Tensor] = []
         """Those of the trunk's blocks that are here, as they were looked at last."""
+        self._samples: list[torch.Tensor] = []
 
     def switches(self) -> Switches:
         """What says which adapters are computed with, and how."""
@@ -50,9 +51,23 @@ class AdapterWatch:
         )
         return known, modes, *states
 
-    def writes(self) -> tuple[tuple[int, int], ...]:
-        """Torch's count of writes into each of the tensors."""
-        return tuple((id(tensor), tensor._version) for tensor in self.tensors)
+    def look(self, tensors: Sequence[torch.Tensor]) -> None:
+        """Takes the tensors of the trunk's blocks as they are now."""
+        self.tensors = list(tensors)
+        self._samples = [
+            tensor.detach().view(-1)[place]
+            for tensor in self.tensors
+            if tensor.is_floating_point() and tensor.numel() and tensor.is_contiguous()
+            for place in (0, tensor.numel() // 2, -1)
+        ]
+
+    def writes(self) -> tuple[object, ...]:
+        """What writes into the tensors change: torch's counts, where they lie, and three numbers.
+
+        Torch does not count what is written by way of ``.data``; such writes change every number.
+        """
+        numbers = torch.stack(self._samples).tolist() if self._samples else []
+        return numbers, [(id(t), t._version, t.data_ptr()) for t in self.tensors]
 
 
 def check_same(before: Switches, now: Switches) -> None:

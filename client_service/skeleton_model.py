@@ -9,8 +9,10 @@ from __future__ import annotations
 import copy
 import functools
 import json
+import sys
 from dataclasses import dataclass
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import torch
@@ -22,7 +24,7 @@ from client_service.fused_loss import with_fused_loss
 from client_service.session import TrunkSession
 from client_service.trunk_blocks import Passage, put_in_place
 from client_service.trunk_function import TrunkFunction
-from shared.errors import InvalidInputError
+from shared.errors import InvalidInputError, SharedWeightsError
 from shared.models import Checkpoint, SplitRange
 from shared.models.dropout import set_dropout
 from shared.models.families import Family, family_of
@@ -182,6 +184,20 @@ class _Split:
             digest = self.remote_trunk.session.info.weight_digest
             mark_as_ends(save_directory, str(self.split), digest)
 
+    def named_modules(self, *args: Any, **kwargs: Any) -> Any:
+        """As of torch; refuses PEFT's merging, which begins with a list of all modules.
+
+        Raises:
+            SharedWeightsError: If PEFT asks in order to merge: nothing is merged yet.
+        """
+        _refuse_merging(sys._getframe(1))
+        return super().named_modules(*args, **kwargs)  # type: ignore[misc]
+
+    def modules(self) -> Any:
+        """As :meth:`named_modules`."""
+        _refuse_merging(sys._getframe(1))
+        return super().modules()  # type: ignore[misc]
+
     def create_masks_for_generate(
         self, attention_mask: torch.Tensor | None = None, **inputs: Any
     ) -> torch.Tensor | None:
@@ -207,6 +223,16 @@ class _Split:
         """Its class is made as the program runs, so pickle is told how."""
         made = type(self)
         return _again, (made.__bases__[1], "forward" in made.__dict__), self.__dict__
+
+
+def _refuse_merging(caller: FrameType) -> None:
+    merges = {"merge_adapter": True, "_unload_and_optionally_merge": caller.f_locals.get("merge")}
+    of_peft = caller.f_globals.get("__name__", "").startswith("peft.")
+    if of_peft and merges.get(caller.f_code.co_name):
+        raise SharedWeightsError(
+            "an adapter is not merged into a split model, whose middle weights are the trunk's, "
+            "which its tenants share: accepted is `trunkline export --merge`"
+        )
 
 
 @functools.cache

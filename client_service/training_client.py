@@ -144,7 +144,10 @@ class TrainingClient:
 
     def _through(self, hidden_BTD: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
         self._passage.begin(mask)
-        return self._passage.through(hidden_BTD, None, None, self.model.training)
+        try:
+            return self._passage.through(hidden_BTD, None, None, self.model.training)
+        finally:
+            self._passage.end()
 
     def __enter__(self) -> TrainingClient:
         return self

@@ -9,14 +9,19 @@ Dimension letters: B batch, T tokens, D model dimension.
 from __future__ import annotations
 
 import functools
+import hashlib
 import inspect
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor
+from transformers.cache_utils import DynamicLayer
 from transformers.utils.output_capturing import _active_collector
 
 from client_service.adapter_structure import (
@@ -30,7 +35,7 @@ from client_service.calls import ForwardCall
 from client_service.dropout_key import dropout_key, user_secret
 from client_service.remote_cache import RemoteCacheLayer, past_of, put_remote_layers
 from client_service.trunk_function import Adapters, TrunkFunction
-from client_service.unchanged_blocks import UnchangedBlocks, check_no_global_hooks, has_hooks
+from client_service.unchanged_blocks import UnchangedBlocks, has_hooks
 from shared.adapters.structure import draws, dropout_of, own_dropout
 from shared.errors import AdapterError, ProtocolError, TensorError
 from shared.models.families import Family
@@ -69,8 +74,10 @@ class _Call:
     """As the base model was given it."""
     one_by_one: bool | None = None
     """Whether each block carries its own hidden states; None before the first of them."""
-    done: bool = False
-    """Whether the last of the blocks was passed."""
+    given: dict[str | int, Any] = field(default_factory=dict)
+    """What the block that is about to run was called with, by name or place."""
+    runs: dict[int, int] = field(default_factory=dict)
+    """How often each block has run."""
     past: tuple[torch.Tensor, ...] = ()
     """Keys and values before everything, of all blocks."""
     cached: int | None = None
@@ -104,13 +111,18 @@ class Passage:
         self._model, self._family, self._split = model, family, split
         self.function = function
         self._here = threading.local()
-        self._unchanged = UnchangedBlocks(self.blocks(), model.config)
-        blocks = [block for _, block in self.blocks()[: self._count]]
-        self._watch = AdapterWatch(model, blocks)
+        layers = self._layers()
+        config: Any = model.config
+        self._depth = config.num_hidden_layers
+        self._blocks = [
+            (f"{family.layer_prefix}{i}", layers[str(i)]) for i in range(split.start, split.end)
+        ]
+        self._unchanged = UnchangedBlocks(self._blocks, self._inputs(), model.config)
+        self._watch = AdapterWatch(model, [block for _, block in self._blocks])
         self._looked: tuple[object, ...] = ()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name != "_here"}
+        return {n: v for n, v in self.__dict__.items() if n != "_here"} | {"_looked": ()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -118,14 +130,16 @@ class Passage:
 
     def blocks(self) -> list[tuple[str, nn.Module]]:
         """The trunk's blocks by full name, and what else is an input of its function."""
-        base: Any = getattr(self._model, self._family.base)
-        layers = getattr(base, self._family.layers)._modules
-        found = [
-            (f"{self._family.layer_prefix}{i}", layers[str(i)])
-            for i in range(self._split.start, self._split.end)
-        ]
-        if (rotary := getattr(base, "rotary_emb", None)) is not None:
-            found.append((f"{self._family.base}.rotary_emb", rotary))
+        return [*self._blocks, *self._inputs()]
+
+    def _inputs(self) -> list[tuple[str, nn.Module]]:
+        rotary = getattr(getattr(self._model, self._family.base), "rotary_emb", None)
+        return [] if rotary is None else [(f"{self._family.base}.rotary_emb", rotary)]
+
+    def _layers(self) -> dict[str, nn.Module]:
+        """All blocks of the model, as they stand there now."""
+        layers: Any = getattr(getattr(self._model, self._family.base), self._family.layers)
+        found: dict[str, nn.Module] = layers._modules
         return found
 
     def adapters(self) -> Adapters:
@@ -135,14 +149,19 @@ class Passage:
             AdapterError: If they cannot be had on a trunk.
         """
         blocks = self.blocks()
-        self._unchanged.check(blocks, self._model.config)
-        check_no_global_hooks()
+        self._unchanged.check(self._blocks, self._inputs(), self._model.config)
+        for index, layer in self._layers().items():
+            if isinstance(layer, BaseTunerLayer | AuxiliaryTrainingWrapper):
+                raise AdapterError(
+                    f"{self._family.layer_prefix}{index}: an adapter around a whole block of a "
+                    f"split model is not accepted: accepted are adapters of layers inside blocks"
+                )
         configs = getattr(self._model, "peft_config", None) or {}
         tensors = adapter_tensors(blocks, self.function.dtype)
         layers = getattr(getattr(self._model, self._family.base), self._family.layers)
         check_shared(layers, tensors, self.function.held)
-        self._watch.tensors = [tensor for _, tensor in tensors]
-        self._looked = self._watch.switches(), self._watch.writes()
+        self._watch.look([tensor for _, tensor in tensors])
+        self._looked = self._as_it_is()
         return adapter_structure(blocks, configs), tensors
 
     def check(self) -> None:
@@ -155,6 +174,11 @@ class Passage:
             hidden_11D = torch.zeros(1, 1, self.function.session.info.hidden_size)
             self.function(hidden_11D, ForwardCall(attention=self._attention()), self.adapters())
 
+    def _as_it_is(self) -> tuple[object, ...]:
+        """What is as before where the adapters need not be looked at anew."""
+        seen = self._unchanged.seen(self._blocks, self._inputs(), self._model.config)
+        return self._watch.switches(), self._watch.writes(), seen
+
     def watch_calls(self) -> None:
         """Notes the beginning and the end of every forward of the base model, by thread.
 
@@ -162,9 +186,10 @@ class Passage:
         itself and needs the original.
         """
         base: Any = getattr(self._model, self._family.base)
-        base.register_forward_pre_hook(_Begin(self), with_kwargs=True)
-        base.register_forward_hook(_End(self))
+        base.__class__ = _base_class(type(base))
+        base.passage = self
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def begin(self, mask: Any) -> None:
         """Takes the mask of the forward that this thread is about to run.
 
@@ -172,15 +197,55 @@ class Passage:
             InvalidInputError: In a forked process, where the blocks before may hang already.
         """
         self.function.session.check_process()
-        self._here.call = _Call(mask, switches=self._watch.switches())
+        self._calls.append(_Call(mask, switches=self._watch.switches()))
 
-    def end(self) -> None:
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def end(self, failed: bool = False) -> None:
         """Looks whether the forward that this thread has run was one.
+
+        Args:
+            failed: Whether it ended with an error of its own.
 
         Raises:
             AdapterError: If adapters were switched meanwhile.
         """
-        check_same(self._here.call.switches, self._watch.switches())
+        call = self._calls.pop()
+        if failed:
+            return
+        check_same(call.switches, self._watch.switches())
+        if call.one_by_one is False and call.runs.keys() != set(range(*self._range)):
+            raise AdapterError(
+                f"this forward ended behind block {max(call.runs)} of the trunk, which has "
+                f"computed all of its own: accepted are blocks left out before the call"
+            )
+
+    @property
+    def _calls(self) -> list[_Call]:
+        """Of this thread; a hook may call the model within a call."""
+        if not hasattr(self._here, "calls"):
+            self._here.calls = []
+        calls: list[_Call] = self._here.calls
+        return calls
+
+    @property
+    def _range(self) -> tuple[int, int]:
+        return self._split.start, self._split.end
+
+    def note(self, index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Notes what a block is called with, before anybody's hooks or forward."""
+        call = self._running(index)
+        if call.one_by_one is None:
+            call.one_by_one = self._is_looked_into()
+        call.given = dict(enumerate(args[1:])) | kwargs
+        call.given.pop("hidden_states", None)
+
+    def _running(self, index: int) -> _Call:
+        if not self._calls:
+            raise AdapterError(
+                f"block {index} of the trunk was called by itself: accepted are calls of the whole "
+                f"model, in which it has its place"
+            )
+        return self._calls[-1]
 
     def pass_block(
         self,
@@ -189,22 +254,33 @@ class Passage:
         position_ids: torch.Tensor | None,
         cache: Any,
         training: bool,
+        given: dict[str | int, Any],
     ) -> torch.Tensor:
         """What one block of the trunk gives, in the forward that this thread runs.
+
+        Args:
+            index: Of the block.
+            hidden_BTD: What it is given.
+            position_ids: [B or 1, T].
+            cache: transformers'; None without.
+            training: Mode of the block.
+            given: All but the hidden states, as it arrives.
 
         Raises:
             AdapterError: If no forward runs, or it asks for what is not sent.
             TrunklineError: What :meth:`through` raises.
         """
-        call: _Call | None = getattr(self._here, "call", None)
-        if call is None or call.done:
-            raise AdapterError(
-                f"block {index} of the trunk was called by itself: accepted are calls of the whole "
-                f"model, in which it has its place"
-            )
-        call.done = index == self._split.end - 1
-        if call.one_by_one is None:
-            call.one_by_one = self._is_looked_into()
+        call = self._running(index)
+        for name in call.given.keys() | given.keys():
+            value, found = call.given.get(name), given.get(name)
+            if value is not found and not isinstance(value, bool):
+                raise AdapterError(
+                    f"{name if isinstance(name, str) else 'an input'} of block {index} was changed "
+                    f"on its way into it: the trunk makes its own of the model's attention_mask "
+                    f"and position_ids; accepted are other hidden states, and masks for the whole "
+                    f"model"
+                )
+        call.runs[index] = call.runs.get(index, 0) + 1
         if call.one_by_one:
             blocks = (index, index + 1)
             return self.through(hidden_BTD, position_ids, cache, training, blocks)
@@ -219,11 +295,14 @@ class Passage:
                 f"{', '.join(foreign)} of the trunk's blocks are not sent: accepted are hidden "
                 f"states"
             )
-        return bool(wanted) or any(has_hooks(b) for _, b in self.blocks()[: self._count])
-
-    @property
-    def _count(self) -> int:
-        return self._split.end - self._split.start
+        if wanted or any(has_hooks(block) for _, block in self._blocks):
+            return True
+        # Blocks that stand elsewhere than they did, or will not be called.
+        there = list(self._layers().values())[slice(*self._range)]
+        own = [block for _, block in self._blocks]
+        moved = len(there) != len(own) or any(a is not b for a, b in zip(there, own, strict=True))
+        config: Any = self._model.config
+        return moved or config.num_hidden_layers != self._depth
 
     def through(
         self,
@@ -249,7 +328,12 @@ class Passage:
             TensorError: If the attention mask is shorter than the tokens.
             TrunklineError: What the trunk answered, if it refused.
         """
-        current: _Call = self._here.call
+        if isinstance(hidden_BTD, FakeTensor) or torch._C._get_tracing_state() is not None:
+            raise AdapterError(
+                "the trunk's blocks are not traced or exported: accepted is torch.compile, which "
+                "leaves them out"
+            )
+        current = self._calls[-1]
         check_same(current.switches, self._watch.switches())
         training = self._draws(training)
         adapters = functools.cache(self.adapters)
@@ -259,7 +343,8 @@ class Passage:
             current.cached = 0 if layer is None else layer.get_seq_length()
         cached = current.cached
         filled = cached and not past
-        passes = layer is not None and filled and torch.is_grad_enabled()
+        graph = self._needs_graph(hidden_BTD, past, adapters)
+        passes = layer is not None and filled and graph
         if passes or (layer is not None and is_first and layer.skipped):
             raise ProtocolError(
                 "gradients do not pass a cache of the trunk's blocks: run every forward that "
@@ -277,14 +362,14 @@ class Passage:
             past=past,
             adapter_names=names,
             attention=self._attention(),
-            dropout_key=current.dropout_key,
+            dropout_key=_key_of_run(current, blocks),
             in_float32=self.function.in_float32_here,
             autocast=torch.get_autocast_dtype(device)
             if torch.is_autocast_enabled(device)
             else None,
             blocks=blocks,
         )
-        if layer is None or torch.is_grad_enabled():
+        if layer is None or graph:
             if layer is not None:
                 # In training the default configuration makes a cache that nothing reads.
                 layer.skipped = True
@@ -299,9 +384,21 @@ class Passage:
             past=past if is_first else (),  # the first block's forward puts it into all of them
             cached_tokens=0 if past and is_first else cached,
         )
-        as_before = (current.switches, self._watch.writes()) == self._looked
-        decoding = hidden_BTD.shape[1] == 1 and bool(call.cached_tokens) and as_before
-        return self.function.forward_cached(hidden_BTD, call, adapters, layer, decoding)
+        decoding = hidden_BTD.shape[1] == 1 and bool(call.cached_tokens)
+        same = decoding and self._as_it_is() == self._looked
+        return self.function.forward_cached(hidden_BTD, call, adapters, layer, same)
+
+    def _needs_graph(
+        self,
+        hidden_BTD: torch.Tensor,
+        past: tuple[torch.Tensor, ...],
+        adapters: Callable[[], Adapters],
+    ) -> bool:
+        """Whether gradients are wanted of anything that comes in."""
+        if not torch.is_grad_enabled():
+            return False
+        known = self._watch.tensors or [tensor for _, tensor in adapters()[1]]
+        return any(tensor.requires_grad for tensor in (hidden_BTD, *past, *known))
 
     def _draws(self, training: bool) -> bool:
         """The mode of the blocks' dropout layers; without any, that of the blocks.
@@ -339,7 +436,7 @@ class Passage:
         """
         start, end = self._split.start, self._split.end
         while len(cache.layers) < end:
-            cache.layers.append(cache.layer_class_to_replicate())
+            cache.layers.append((cache.layer_class_to_replicate or DynamicLayer)())
         if not isinstance(cache.layers[start], RemoteCacheLayer):
             call.past = past_of(cache.layers[start:end])
             put_remote_layers(cache, start, end, self.function, call.past)
@@ -364,32 +461,41 @@ class Passage:
         return seen
 
 
-@dataclass(frozen=True)
-class _Begin:
-    """A hook that is copied and pickled with the model."""
-
-    passage: Passage
-
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def __call__(self, base: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        given = _signature(type(base).forward).bind_partial(base, *args, **kwargs).arguments
-        self.passage.begin(given.get("attention_mask"))
-
-
-@dataclass(frozen=True)
-class _End:
-    """A hook that is copied and pickled with the model."""
-
-    passage: Passage
-
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def __call__(self, base: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        self.passage.end()
+def _key_of_run(call: _Call, blocks: tuple[int, int] | None) -> bytes:
+    """The call's dropout key; of a block that runs again, another one made of it."""
+    key = call.dropout_key or b""
+    run = call.runs.get(blocks[0], 1) if blocks else 1
+    return key if run == 1 or not key else hashlib.sha256(key + run.to_bytes(4, "little")).digest()
 
 
 @functools.cache
 def _signature(function: Any) -> inspect.Signature:
     return inspect.signature(function)
+
+
+class TrunkBase:
+    """Mixed into the class of the family's base model, whose forward goes through the trunk.
+
+    Attributes:
+        passage: Of the model.
+    """
+
+    passage: Passage
+
+    def _through_the_trunk(self, forward: Any, *args: Any, **kwargs: Any) -> Any:
+        given = _signature(forward).bind_partial(self, *args, **kwargs).arguments
+        self.passage.begin(given.get("attention_mask"))
+        failed = True
+        try:
+            output = forward(self, *args, **kwargs)
+            failed = False
+        finally:
+            self.passage.end(failed)
+        return output
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Its class is made as the program runs, so pickle is told how."""
+        return _base_again, (type(self).__bases__[1],), self.__dict__
 
 
 class TrunkBlock:
@@ -405,6 +511,12 @@ class TrunkBlock:
 
     # The trunk decides what it keeps of a forward: a checkpoint here would only send it twice.
     gradient_checkpointing = property(lambda self: False, lambda self, value: None)
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Calls the block, as torch does."""
+        self.passage.note(self.index, args, kwargs)
+        return super().__call__(*args, **kwargs)  # type: ignore[misc]
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def forward(
@@ -428,12 +540,14 @@ class TrunkBlock:
                 f"{', '.join(sorted(foreign))} given to the trunk's blocks: accepted are the "
                 f"attention mask, positions and a cache"
             )
+        given: dict[str | int, Any] = dict(enumerate(args)) | kwargs
+        given |= {"past_key_values": past_key_values, "position_ids": position_ids}
         if past_key_values is None:
             # GPT-2 passes the cache by position, GPT-NeoX under its older name.
             past_key_values = args[0] if args else kwargs.get("layer_past")
         training: bool = self.training  # type: ignore[attr-defined]
         return self.passage.pass_block(
-            self.index, hidden_states, position_ids, past_key_values, training
+            self.index, hidden_states, position_ids, past_key_values, training, given
         )
 
     def __reduce_ex__(self, protocol: Any) -> Any:
@@ -446,6 +560,7 @@ def _hides_nothing(mask: torch.Tensor) -> bool:
 
 
 _classes: dict[type, type] = {}
+_base_classes: dict[type, type] = {}
 
 
 def put_in_place(block: nn.Module, passage: Passage, index: int) -> None:
@@ -463,3 +578,21 @@ def _trunk_class(plain: type) -> type:
 
 def _again(plain: type) -> Any:
     return object.__new__(_trunk_class(plain))
+
+
+def _base_class(plain: Any) -> type:
+    if plain not in _base_classes:
+        forward = plain.forward
+
+        @functools.wraps(forward)
+        def through_the_trunk(self: Any, *args: Any, **kwargs: Any) -> Any:
+            return self._through_the_trunk(forward, *args, **kwargs)
+
+        body = {"__module__": plain.__module__, "__qualname__": plain.__qualname__}
+        made = type(plain.__name__, (TrunkBase, plain), body | {"forward": through_the_trunk})
+        _base_classes[plain] = made
+    return _base_classes[plain]
+
+
+def _base_again(plain: type) -> Any:
+    return object.__new__(_base_class(plain))

@@ -8,21 +8,29 @@ the trunk's, so they are refused by name.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Iterator, Mapping
+import sys
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from inspect import isfunction
 from typing import Any, NoReturn
 
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 from torch.nn.modules import module as torch_module
+from torch.utils.hooks import RemovableHandle
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from shared.adapters.structure import base_name
 from shared.errors import AdapterError
 
+Named = Sequence[tuple[str, nn.Module]]
+"""Modules by full name."""
+
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _LIBRARIES = ("torch.", "transformers.", "peft.", "bitsandbytes.")
 _OURS = ("client_service.", "shared.")
+_STANDARD = sys.stdlib_module_names
 _TRAVELS = frozenset({"p", "inplace", "attention_dropout", "training"})
 """Attributes of dropout layers and attention that the trunk is told."""
 _MOVES = frozenset({"max_seq_len_cached", "gradient_checkpointing"})
@@ -45,24 +53,26 @@ class UnchangedBlocks:
 
     Args:
         blocks: By full name, before anybody had them.
+        inputs: What else the trunk makes itself, such as the rotary embedding.
         config: Of the whole model.
     """
 
-    def __init__(self, blocks: Iterable[tuple[str, nn.Module]], config: Any) -> None:
-        self._layers = {path: _layer(module) for path, module in _walk(blocks)}
+    def __init__(self, blocks: Named, inputs: Named, config: Any) -> None:
+        self._layers = {path: _layer(module) for path, module in _walk([*blocks, *inputs])}
         self._config = _masks_of(config)
+        self._modules = [module for _, module in _walk([*blocks, *inputs])]
 
-    def check(self, blocks: Iterable[tuple[str, nn.Module]], config: Any) -> None:
+    def check(self, blocks: Named, inputs: Named, config: Any) -> None:
         """Compares them with what they are now.
 
         Args:
             blocks: As they are, with PEFT's layers around some of the family's.
+            inputs: As they are.
             config: As it is.
 
         Raises:
             AdapterError: Names a layer and what was changed.
         """
-        blocks = list(blocks)
         whole = {id(block) for _, block in blocks}
         now = _masks_of(config)
         if changed := [name for name, value in self._config.items() if now[name] != value]:
@@ -74,7 +84,9 @@ class UnchangedBlocks:
         missing = dict(self._layers)
         within_peft = "\0"
         sources: dict[type, str] = {}
-        for path, module in _walk(blocks):
+        self._modules = []
+        for path, module in _walk([*blocks, *inputs]):
+            self._modules.append(module)
             made = type(module)
             if made not in sources:
                 sources[made] = _foreign_forward(made)
@@ -83,7 +95,8 @@ class UnchangedBlocks:
             if id(module) not in whole and has_hooks(module):
                 _refuse_call(path, _what(module))
             if issubclass(made, BaseTunerLayer | AuxiliaryTrainingWrapper):
-                within_peft = f"{path}."
+                if not path.startswith(within_peft):
+                    within_peft = f"{path}."
                 continue
             known = missing.pop(base_name(f"{path}.").rstrip("."), None)
             if known is not None:
@@ -98,6 +111,23 @@ class UnchangedBlocks:
                 f"{min(missing)} was taken out of the trunk's blocks, which would be computed all "
                 f"the same: accepted are the family's own blocks"
             )
+        _check_no_global_hooks()
+        _check_functions({type(block) for _, block in blocks}, config)
+
+    def seen(self, blocks: Named, inputs: Named, config: Any) -> tuple[object, ...]:
+        """What is another one if a layer, a hook or a forward was put in place since a check.
+
+        At a small part of a check's cost, for between two tokens; attributes are not looked at.
+        """
+        own = [module.__dict__ for module in self._modules]
+        return (
+            RemovableHandle.next_id,
+            tuple(_masks_of(config).values()),
+            ALL_ATTENTION_FUNCTIONS.get(config._attn_implementation),
+            tuple(map(len, own)),
+            tuple(id(child) for attributes in own for child in attributes["_modules"].values()),
+            tuple(_forward_of(made) for made in {type(block) for _, block in [*blocks, *inputs]}),
+        )
 
 
 def has_hooks(module: nn.Module) -> bool:
@@ -108,7 +138,7 @@ def has_hooks(module: nn.Module) -> bool:
     return any(own[kind] and not all(map(_is_known, own[kind].values())) for kind in _HOOKS)
 
 
-def _walk(blocks: Iterable[tuple[str, nn.Module]]) -> Iterator[tuple[str, nn.Module]]:
+def _walk(blocks: Named) -> Iterator[tuple[str, nn.Module]]:
     for prefix, block in blocks:
         yield from block.named_modules(prefix=prefix, remove_duplicate=False)
 
@@ -164,18 +194,32 @@ def _refuse_call(path: str, what: str) -> NoReturn:
     )
 
 
-def check_no_global_hooks() -> None:
-    """Refuses torch's hooks on every module: those inside the trunk's blocks are not called.
-
-    Raises:
-        AdapterError: Names the kind.
-    """
+def _check_no_global_hooks() -> None:
+    """Refuses torch's hooks on every module: those inside the trunk's blocks are not called."""
     for kind in ("forward", "forward_pre", "backward", "backward_pre"):
         hooks = getattr(torch_module, f"_global_{kind}_hooks")
         if any(not _is_known(hook) for hook in hooks.values()):
             raise AdapterError(
                 f"a global {kind} hook would not be called for the layers that the trunk computes: "
                 f"accepted are hooks on the client's own layers and on whole blocks"
+            )
+
+
+def _check_functions(blocks: set[type], config: Any) -> None:
+    """Refuses functions that blocks call and somebody has replaced in their module."""
+    names = {c.__module__ for made in blocks for c in made.__mro__}
+    modules = [sys.modules[name] for name in names if name.startswith("transformers.models.")]
+    functions = {f"{m.__name__}.{n}": f for m in modules for n, f in vars(m).items()}
+    functions = {name: f for name, f in functions.items() if isfunction(f)}
+    word = config._attn_implementation
+    if (attention := ALL_ATTENTION_FUNCTIONS.get(word)) is not None:
+        functions[f"the attention {word!r}"] = attention
+    for name, function in functions.items():
+        source = _source(function)
+        if not source.startswith(_LIBRARIES) and source.split(".")[0] not in _STANDARD:
+            raise AdapterError(
+                f"{name} was replaced by {source}{function.__qualname__}, which the trunk does not "
+                f"have: accepted is transformers' own"
             )
 
 

@@ -73,7 +73,7 @@ class Pair:
         self.part = trunk._part
         self.whole: Any = tiny_model(family, **changes(family))
         self.split: Any = hollowed(self.whole, self.family, Matrices(trunk, served))
-        self._unchanged = UnchangedBlocks(self.blocks, self.split.config)
+        self._unchanged = UnchangedBlocks(*self._parts(), self.split.config)
         self.peft: Any = None
         self.peft_split: Any = None
 
@@ -94,12 +94,16 @@ class Pair:
         rotary = getattr(base, "rotary_emb", None)
         return [*found, *([] if rotary is None else [(f"{self.family.base}.rotary_emb", rotary)])]
 
+    def _parts(self) -> tuple[Blocks, Blocks]:
+        count = SPLIT.end - SPLIT.start
+        return self.blocks[:count], self.blocks[count:]
+
     def tensors(self) -> list[tuple[Value, torch.Tensor]]:
         return adapter_tensors(self.blocks, torch.float32)
 
     def structure(self) -> Structure:
         configs = {} if self.peft_split is None else self.peft_split.peft_config
-        self._unchanged.check(self.blocks, self.split.config)
+        self._unchanged.check(*self._parts(), self.split.config)
         return adapter_structure(self.blocks, configs)
 
     def tree(self, limits: TreeLimits | None = None) -> TenantTree:

@@ -8,15 +8,18 @@ from __future__ import annotations
 import contextlib
 import copy
 import gc
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from peft.tuners.lora import LoraLayer
+from peft.tuners.lora.layer import LoraVariant
 from torch import nn
 from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 from transformers import DynamicCache, GenerationConfig, StaticCache
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 Way = Callable[[Any], torch.Tensor]
 WAYS: dict[str, Way] = {}
@@ -342,7 +345,85 @@ def adapter_written_between_tokens(model: Any) -> torch.Tensor:
     return found
 
 
+@_way
+def adapter_data_written_between_tokens(model: Any) -> torch.Tensor:
+    trained = [p for p in model.parameters() if p.requires_grad]
+    before = [p.detach().clone() for p in trained]
+
+    def write() -> None:  # as averages of weights do it
+        for parameter in trained:
+            parameter.data.copy_(2 * parameter.data)
+
+    found = _changed_between_tokens(model, write)
+    for parameter, kept in zip(trained, before, strict=True):
+        parameter.data = kept
+    return found
+
+
+@_way
+def hook_inside_a_block_between_tokens(model: Any) -> torch.Tensor:
+    hooks: list[Any] = []
+
+    def hook() -> None:
+        hooks.append(block(model, 3).mlp.register_forward_hook(lambda *given: given[2] * 0))
+
+    try:
+        return _changed_between_tokens(model, hook)
+    finally:
+        for one in hooks:
+            one.remove()
+
+
+@_way
+def layer_replaced_between_tokens(model: Any) -> torch.Tensor:
+    one = block(model, 3)
+    plain = one.mlp
+    try:
+        return _changed_between_tokens(model, lambda: setattr(one, "mlp", nn.Identity()))
+    finally:
+        one.mlp = plain
+
+
+@_way
+@torch.no_grad()
+def cropped_cache_is_copied(model: Any) -> torch.Tensor:
+    cache = dynamic(model)
+    cache.activate_past_recording()
+    model(input_ids=ids(7, 1), past_key_values=cache, use_cache=True)
+    cache.crop(-3)
+    fork = copy.deepcopy(cache)
+    found = [model(input_ids=ids(2, 1, n), past_key_values=c).logits for n, c in ((5, fork),)]
+    found.append(model(input_ids=ids(2, 1, 6), past_key_values=cache).logits)
+    return torch.cat(found, 1)
+
+
+@_way
+def cache_without_gradients_that_nobody_wants(model: Any) -> torch.Tensor:
+    trained = [p for p in model.parameters() if p.requires_grad]
+    for parameter in trained:
+        parameter.requires_grad_(False)
+    try:
+        cache = dynamic(model)
+        found = [model(input_ids=ids(), past_key_values=cache, use_cache=True).logits]
+        found += [model(input_ids=ids(1), past_key_values=cache).logits for _ in range(2)]
+    finally:
+        for parameter in trained:
+            parameter.requires_grad_(True)
+    return torch.cat(found, 1)
+
+
 # Generation
+
+
+@_way
+def early_exit(model: Any) -> torch.Tensor:
+    config = base(model).config
+    depth = config.num_hidden_layers
+    try:
+        tokens: torch.Tensor = model.generate(ids(9, 1), assistant_early_exit=3, **GREEDY)
+        return tokens
+    finally:
+        config.num_hidden_layers = depth
 
 
 @_way
@@ -745,6 +826,217 @@ def block_called_by_itself(model: Any) -> torch.Tensor:
     with torch.no_grad():
         output: torch.Tensor = block(model, 3)(*given["args"], **given["kwargs"])
     return output
+
+
+def _layers(model: Any) -> tuple[Any, str]:
+    inner = base(model).base_model
+    return inner, "h" if hasattr(inner, "h") else "layers"
+
+
+class _Skipped(nn.Module):
+    attention_type = "full_attention"
+
+    def forward(self, hidden: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        return hidden
+
+
+def _with_layers(model: Any, change: Callable[[list[Any]], list[Any]]) -> torch.Tensor:
+    inner, name = _layers(model)
+    before = getattr(inner, name)
+    setattr(inner, name, nn.ModuleList(change(list(before))))
+    try:
+        with torch.no_grad():
+            logits: torch.Tensor = model(input_ids=ids(), use_cache=False).logits
+        return logits
+    finally:
+        setattr(inner, name, before)
+
+
+@_way
+def first_of_the_trunk_s_blocks_replaced(model: Any) -> torch.Tensor:
+    return torch.cat(
+        [
+            _with_layers(model, lambda all_: [*all_[:1], _Skipped(), *all_[2:]]),
+            _with_layers(model, lambda all_: [*all_[:2], _Skipped(), *all_[3:]]),
+        ]
+    )
+
+
+@_way
+def blocks_cut_off_and_exchanged(model: Any) -> torch.Tensor:
+    return torch.cat(
+        [
+            _with_layers(model, lambda all_: all_[:3]),
+            _with_layers(model, lambda all_: [*all_[:2], all_[3], all_[2], *all_[4:]]),
+            _with_layers(model, lambda all_: [*all_[:3], all_[2], *all_[3:]]),
+        ]
+    )
+
+
+@_way
+def fewer_layers_by_the_configuration(model: Any) -> torch.Tensor:
+    config = base(model).config
+    before, config.num_hidden_layers = config.num_hidden_layers, 3
+    try:
+        with torch.no_grad():
+            found = [model(input_ids=ids(), use_cache=cached).logits for cached in (False, True)]
+    finally:
+        config.num_hidden_layers = before
+    return torch.cat(found)
+
+
+def _other_mask(kwargs: dict[str, Any]) -> dict[str, Any]:
+    return kwargs | {"attention_mask": torch.eye(7).bool()[None, None].expand(2, -1, -1, -1)}
+
+
+@_way
+def mask_of_one_block(model: Any) -> torch.Tensor:
+    one = block(model, 3)
+    if hasattr(one, "attn"):  # GPT-2's comes by its place
+
+        def change(_: Any, args: Any, kwargs: Any) -> Any:
+            return (*args[:2], _other_mask({})["attention_mask"], *args[3:]), kwargs
+    else:
+
+        def change(_: Any, args: Any, kwargs: Any) -> Any:
+            return args, _other_mask(kwargs)
+
+    hook = one.register_forward_pre_hook(change, with_kwargs=True)
+    try:
+        return _logits(model)
+    finally:
+        hook.remove()
+
+
+@_way
+def mask_by_a_hook_on_the_base_model(model: Any) -> torch.Tensor:
+    mask = padded()["attention_mask"]
+    inner, _ = _layers(model)
+    hook = inner.register_forward_pre_hook(
+        lambda _, args, kwargs: (args, kwargs | {"attention_mask": mask}), with_kwargs=True
+    )
+    try:
+        found = _logits(model)
+    finally:
+        hook.remove()
+    plain = inner.forward
+    inner.forward = lambda *args, **kwargs: plain(*args, **kwargs | {"attention_mask": mask})
+    try:
+        return torch.cat([found, _logits(model)])
+    finally:
+        del inner.forward
+
+
+@_way
+def a_call_in_a_hook(model: Any) -> torch.Tensor:
+    found: list[torch.Tensor] = []
+
+    def ask(*_: Any) -> None:
+        if not found:
+            found.append(torch.zeros(0))
+            found.append(_logits(model).flatten())
+
+    hook = block(model, 3).register_forward_hook(ask)
+    try:
+        found.append(_logits(model).flatten())
+    finally:
+        hook.remove()
+    return torch.cat(found)
+
+
+@_way
+def blocks_called_after_a_forward_that_failed(model: Any) -> torch.Tensor:
+    def stop(*_: Any) -> None:
+        raise StopIteration
+
+    given: dict[str, Any] = {}
+    hook = block(model, 3).register_forward_pre_hook(
+        lambda _, args, kwargs: given.update(args=args, kwargs=kwargs), with_kwargs=True
+    )
+    other = block(model, 4).register_forward_hook(stop)
+    with torch.no_grad(), contextlib.suppress(StopIteration):
+        model(**padded())
+    hook.remove()
+    other.remove()
+    with torch.no_grad():
+        output: torch.Tensor = block(model, 3)(*given["args"], **given["kwargs"])
+    return output
+
+
+class _Answering(nn.Module):
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, given: torch.Tensor) -> Any:
+        return self.model(input_ids=given, use_cache=False).logits
+
+
+@_way
+def traced(model: Any) -> torch.Tensor:
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        made: Any = torch.jit.trace(_Answering(model), ids(), check_trace=False)
+    logits: torch.Tensor = made(ids())
+    return logits
+
+
+@_way
+def attention_of_one_s_own(model: Any) -> torch.Tensor:
+    plain = ALL_ATTENTION_FUNCTIONS["sdpa"]
+
+    def mine(*args: Any, **kwargs: Any) -> Any:
+        output, weights = plain(*args, **kwargs)
+        return output * 0.5, weights
+
+    ALL_ATTENTION_FUNCTIONS["sdpa"] = mine
+    try:
+        return _logits(model)
+    finally:
+        ALL_ATTENTION_FUNCTIONS["sdpa"] = plain
+
+
+def _lora(model: Any) -> Any:
+    return next(module for module in block(model, 3).modules() if isinstance(module, LoraLayer))
+
+
+@_way
+def dropout_of_an_adapter_replaced(model: Any) -> torch.Tensor:
+    layer = _lora(model)
+    plain = layer.lora_dropout["default"]
+    layer.lora_dropout["default"] = nn.Tanh()
+    try:
+        return _logits(model)
+    finally:
+        layer.lora_dropout["default"] = plain
+
+
+class _Variant(LoraVariant):
+    @staticmethod
+    def forward(module: Any, active: str, x: torch.Tensor, result: torch.Tensor, **_: Any) -> Any:
+        return result + 1
+
+
+@_way
+def variant_of_an_adapter(model: Any) -> torch.Tensor:
+    layer = _lora(model)
+    layer.lora_variant["default"] = _Variant()
+    try:
+        return _logits(model)
+    finally:
+        del layer.lora_variant["default"]
+
+
+@_way
+def merged(model: Any) -> torch.Tensor:
+    for merge in (model.merge_adapter, model.merge_and_unload):
+        try:
+            merge()
+        except Exception:
+            layers = [m for m in model.modules() if isinstance(m, LoraLayer)]
+            assert layers and not any(layer.merged for layer in layers)
+            raise
+    return torch.zeros(1)
 
 
 @_way

@@ -49,6 +49,9 @@ class KeyValueCaches:
         layers: list[Any] = DynamicCache(config=config).layers
         self._window = min((la.sliding_window for la in layers if la.is_sliding), default=None)
 
+    def __contains__(self, cache_id: str) -> bool:
+        return cache_id in self._caches or cache_id in self._packed
+
     def __len__(self) -> int:
         return len(self._caches)
 
@@ -75,6 +78,8 @@ class KeyValueCaches:
             return shape.tokens
         asked = range(len(cache.layers)) if edits or blocks is None else blocks
         counts = {int(cache.get_seq_length(block)) for block in asked}
+        if edits:
+            counts.discard(0)  # of blocks that the client leaves out
         if len(counts) > 1:
             raise ProtocolError(
                 f"cache {cache_id} has {min(counts)} tokens in some blocks and {max(counts)} in "

@@ -212,11 +212,12 @@ class TenantSession:
                 f"{split}"
             )
         if request.cache_id:
+            removes = any(edit.remove_tokens for edit in request.cache_edits)
+            if (request.cached_tokens or removes) and request.cache_id not in self.caches:
+                raise UnknownRequestError(f"no cache {request.cache_id[:120]!r} of this session")
             cached = self._cached_tokens(request)
             if cached and request.past:
                 raise ProtocolError(f"past tensors for a cache of {cached} tokens; accepted: none")
-            if request.cached_tokens and not cached:
-                raise UnknownRequestError(f"no cache {request.cache_id[:120]!r} of this session")
             if request.cached_tokens not in (None, cached):
                 raise ProtocolError(
                     f"cache {request.cache_id} has {cached} tokens, the client counts "

@@ -72,6 +72,7 @@ trained (every value says that itself), and what the trunk's own layers decide."
 
 LARGEST_NUMBER = 2**31
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_-]{0,63}")
+_KEPT = ("builtins", "torch", "peft")
 _CONTAINERS = (nn.ModuleDict(), nn.ParameterDict())
 _DEEPEST = 3
 
@@ -278,7 +279,20 @@ def outside(layer: nn.Module, adapters: frozenset[str], skip: typing.Callable[..
                     found[f"{name}.{key}"] = repr(float(value[key]))
                 elif isinstance(value[key], str):
                     found[f"{name}.{key}"] = repr(value[key])
+                elif type(value[key]).__module__.split(".")[0] not in _KEPT:  # of who calls
+                    found[f"{name}.{key}"] = _class_of(value[key])
+    # Layers inside that have no tensors, such as a dropout that somebody has replaced.
+    inside = {
+        path: _class_of(module)
+        for path, module in layer.named_modules()
+        if path and not f"{path}.".startswith("base_layer.")
+    }
+    found["modules"] = hashlib.sha256(repr(sorted(inside.items())).encode()).hexdigest()
     return found
+
+
+def _class_of(value: object) -> str:
+    return f"{type(value).__module__}.{type(value).__qualname__}"
 
 
 _known: Any = WeakTensorKeyDictionary()

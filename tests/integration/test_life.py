@@ -151,7 +151,7 @@ def test_a_spawned_process_has_a_session_of_its_own(split: Any) -> None:
     found = context.Queue()
     process = context.Process(target=_spawned, args=(split, found))
     process.start()
-    session, logits = found.get(timeout=PATIENCE_S)
+    session, logits = found.get(timeout=60)
     process.join(PATIENCE_S)
     assert process.exitcode == 0
     assert session != split.remote_trunk.session.session_id
