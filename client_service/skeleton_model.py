@@ -226,9 +226,11 @@ class _Split:
 
 
 def _refuse_merging(caller: FrameType) -> None:
-    merges = {"merge_adapter": True, "_unload_and_optionally_merge": caller.f_locals.get("merge")}
+    name = caller.f_code.co_name
+    if name not in ("merge_adapter", "_unload_and_optionally_merge"):
+        return
     of_peft = caller.f_globals.get("__name__", "").startswith("peft.")
-    if of_peft and merges.get(caller.f_code.co_name):
+    if of_peft and caller.f_locals.get("merge", True):
         raise SharedWeightsError(
             "an adapter is not merged into a split model, whose middle weights are the trunk's, "
             "which its tenants share: accepted is `trunkline export --merge`"

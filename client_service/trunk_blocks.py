@@ -150,11 +150,12 @@ class Passage:
         """
         blocks = self.blocks()
         self._unchanged.check(self._blocks, self._inputs(), self._model.config)
-        for index, layer in self._layers().items():
-            if isinstance(layer, BaseTunerLayer | AuxiliaryTrainingWrapper):
+        there = self._layers()
+        for index in range(*self._range):
+            if isinstance(there.get(str(index)), BaseTunerLayer | AuxiliaryTrainingWrapper):
                 raise AdapterError(
-                    f"{self._family.layer_prefix}{index}: an adapter around a whole block of a "
-                    f"split model is not accepted: accepted are adapters of layers inside blocks"
+                    f"{self._family.layer_prefix}{index}: an adapter around a whole block of the "
+                    f"trunk is not accepted: accepted are adapters of layers inside the blocks"
                 )
         configs = getattr(self._model, "peft_config", None) or {}
         tensors = adapter_tensors(blocks, self.function.dtype)
@@ -483,6 +484,8 @@ class TrunkBase:
     passage: Passage
 
     def _through_the_trunk(self, forward: Any, *args: Any, **kwargs: Any) -> Any:
+        if "passage" not in self.__dict__:  # another model of this class, all of which is here
+            return forward(self, *args, **kwargs)
         given = _signature(forward).bind_partial(self, *args, **kwargs).arguments
         self.passage.begin(given.get("attention_mask"))
         failed = True
