@@ -129,8 +129,6 @@ class RemoteCacheLayer(_Shape):
         self.cache_id = uuid.uuid4().hex
         self._tokens = 0
         self._edits: list[CacheEdit] = []
-        self.skipped = False
-        """A forward with gradients went past this cache, which so lacks its tokens."""
         self.history: list[Computed] = []
         """What it is filled from, if the trunk loses it."""
         self._trunk = trunk
@@ -150,7 +148,7 @@ class RemoteCacheLayer(_Shape):
         """A fork: a cache of its own, filled from the same history when it is used."""
         made = type(self)(self._trunk, self._like)
         made._tokens, made._edits = self._tokens, list(self._edits)
-        made.skipped, made.history = self.skipped, list(self.history)
+        made.history = list(self.history)
         return memo.setdefault(id(self), made)  # type: ignore[no-any-return]
 
     def _release_later(self) -> None:
@@ -170,7 +168,6 @@ class RemoteCacheLayer(_Shape):
     def reset(self) -> None:
         """Empties the trunk's cache before the next forward."""
         self._tokens = 0
-        self.skipped = False
         self._edits = [CacheEdit(reset=True)]
         self.history = []
 

@@ -345,11 +345,10 @@ class Passage:
         cached = current.cached
         filled = cached and not past
         graph = self._needs_graph(hidden_BTD, past, adapters)
-        passes = layer is not None and filled and graph
-        if passes or (layer is not None and is_first and layer.skipped):
+        if filled and graph:
             raise ProtocolError(
-                "gradients do not pass a cache of the trunk's blocks: run every forward that "
-                "fills or reads it under torch.no_grad()"
+                "gradients do not pass a cache of the trunk's blocks: run every forward that reads "
+                "it under torch.no_grad()"
             )
         mask = self._mask(current.mask, cached + hidden_BTD.shape[1])
         names = mixed_adapter_names(self.blocks())
@@ -370,21 +369,29 @@ class Passage:
             else None,
             blocks=blocks,
         )
-        if layer is None or graph:
-            if layer is not None:
-                # In training the default configuration makes a cache that nothing reads.
-                layer.skipped = True
+        if layer is None:
             return self.function(hidden_BTD, call, adapters())
-        if filled and hidden_BTD.shape[1] == 1 and mask is not None and _hides_nothing(mask):
-            mask = None  # hides nothing from a single token, and would be longer with every one
         edits = layer.take_edits(hidden_BTD.shape[1]) if is_first else []
-        call = replace(
+        cached_call = replace(
             call,
-            attention_mask=mask,
             cache_edits=edits,
             past=past if is_first else (),  # the first block's forward puts it into all of them
             cached_tokens=0 if past and is_first else cached,
         )
+        if graph:
+            # In training the default configuration makes a cache that nothing reads. Whoever does
+            # has it filled then.
+            past = tuple(tensor.detach() for tensor in cached_call.past)
+            unread = replace(cached_call, past=past)
+            return self.function(
+                hidden_BTD,
+                call,
+                adapters(),
+                lambda computed: layer.history.append(replace(computed, call=unread)),
+            )
+        if filled and hidden_BTD.shape[1] == 1 and mask is not None and _hides_nothing(mask):
+            mask = None  # hides nothing from a single token, and would be longer with every one
+        call = replace(cached_call, attention_mask=mask)
         decoding = hidden_BTD.shape[1] == 1 and bool(call.cached_tokens)
         same = decoding and self._as_it_is() == self._looked
         return self.function.forward_cached(hidden_BTD, call, adapters, layer, same)

@@ -131,9 +131,19 @@ class TrunkFunction:
         return tensors[name]
 
     def __call__(
-        self, hidden_BTD: torch.Tensor, call: ForwardCall, adapters: Adapters
+        self,
+        hidden_BTD: torch.Tensor,
+        call: ForwardCall,
+        adapters: Adapters,
+        noted: Callable[[Computed], None] = lambda computed: None,
     ) -> torch.Tensor:
         """Carries hidden states [B, T, D] through the trunk, differentiably where needed.
+
+        Args:
+            hidden_BTD: What it is given.
+            call: What goes with it.
+            adapters: As they are.
+            noted: Told what it was computed with.
 
         Raises:
             TrunklineError: What the trunk answered, if it refused.
@@ -148,12 +158,15 @@ class TrunkFunction:
         wanted = any(t.requires_grad for t in (hidden_BTD, *call.past))
         wanted = wanted or any(value.requires_grad for value, _ in tensors)
         if not (torch.is_grad_enabled() and wanted):
-            return self.forward_noted(hidden_BTD, call, lambda: adapters)[0]
+            output_BTD, computed = self.forward_noted(hidden_BTD, call, lambda: adapters)
+            noted(computed)
+            return output_BTD
         call = replace(call, request_id=uuid.uuid4().hex, keep_graph=True)
         given = [tensor for _, tensor in tensors]
         past = call.past
         call = replace(call, past=tuple(tensor.detach() for tensor in past))
-        output: torch.Tensor = _Forward.apply(self, call, adapters, hidden_BTD, *past, *given)
+        given = [hidden_BTD, *past, *given]
+        output: torch.Tensor = _Forward.apply(self, call, adapters, noted, *given)
         return output
 
     def backward(
@@ -361,10 +374,12 @@ class _Forward(torch.autograd.Function):
         function: TrunkFunction,
         call: ForwardCall,
         adapters: Adapters,
+        noted: Callable[[Computed], None],
         hidden_BTD: torch.Tensor,
         *tensors: torch.Tensor,
     ) -> torch.Tensor:
         output_BTD, ctx.computed = function.forward_noted(hidden_BTD, call, lambda: adapters)
+        noted(ctx.computed)
         ctx.function, ctx.held = function, _HeldForward(function, call.request_id)
         ctx.save_for_backward(hidden_BTD, *tensors)
         return output_BTD
@@ -393,7 +408,7 @@ class _Forward(torch.autograd.Function):
             found = list(found)
             for i, tensor in zip(at, hung, strict=True):
                 found[i] = tensor
-        return None, None, None, *found
+        return None, None, None, None, *found
 
 
 def _gradients(ctx: Any, gradient_BTD: torch.Tensor) -> list[torch.Tensor | None]:
@@ -408,7 +423,7 @@ def _gradients(ctx: Any, gradient_BTD: torch.Tensor) -> list[torch.Tensor | None
                 f"{value.names[0]} was written between forward and backward, past autograd's "
                 f"notice: accepted is to run the forward again"
             )
-    need_hidden, *need = ctx.needs_input_grad[3:]
+    need_hidden, *need = ctx.needs_input_grad[4:]
     pairs = zip(computed.values, need[count:], strict=True)
     names = [value.names[0] for value, wanted in pairs if wanted]
     past = [number for number in range(count) if need[number]]

@@ -267,11 +267,15 @@ def trained_through_a_cache_filled_without_gradients(model: Any) -> torch.Tensor
 
 @_way
 def cache_filled_with_gradients_goes_on(model: Any) -> torch.Tensor:
-    cache = dynamic(model)
-    model(input_ids=ids(5), past_key_values=cache, use_cache=True)
-    with torch.no_grad():
-        logits: torch.Tensor = model(input_ids=ids(4), past_key_values=cache).logits
-    return logits
+    found = []
+    for cache in (dynamic(model), static(model)):
+        output = model(input_ids=ids(5), labels=ids(5), past_key_values=cache, use_cache=True)
+        with torch.no_grad():
+            found += [model(input_ids=ids(n), past_key_values=cache).logits for n in (4, 1, 1)]
+        if isinstance(cache, StaticCache):
+            break  # it is written in place, so that its own graph is lost
+        output.loss.backward()
+    return torch.cat([*(logits.flatten() for logits in found), gradients(model)])
 
 
 @_way
@@ -740,6 +744,18 @@ def compiled(model: Any) -> torch.Tensor:
     loss_of(made).backward()
     torch._dynamo.reset()
     return torch.cat([gradients(model), logits.flatten()])
+
+
+@_way
+def compiled_with_a_static_cache(model: Any) -> torch.Tensor:
+    torch._dynamo.reset()
+    inner = base(model)
+    inner.forward = torch.compile(inner.forward, backend="eager")
+    try:
+        return generated(model, cache_implementation="static")
+    finally:
+        del inner.forward
+        torch._dynamo.reset()
 
 
 @_way

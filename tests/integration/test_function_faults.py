@@ -144,6 +144,7 @@ CALLED = [
     ("hidden_states_of_generate", 3),
     ("gradients_of_hidden_states", 1),
     ("adapter_written_between_tokens", 3),
+    ("cache_filled_with_gradients_goes_on", 2),
 ]
 """Ways, and behind which forward their trunk is killed."""
 

@@ -21,7 +21,6 @@ Start = Callable[..., Daemon]
 
 REFUSED = {
     "trained_through_a_cache_filled_without_gradients": "gradients do not pass a cache",
-    "cache_filled_with_gradients_goes_on": "gradients do not pass a cache",
     "keys_of_a_cache": "keys and values of the trunk's blocks are not here",
     "continuous_batching": "continuous batching needs the caches",
     "attentions": "attentions",
