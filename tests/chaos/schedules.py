@@ -170,6 +170,11 @@ class Network(RuleBasedStateMachine):
         self.outputs: list[torch.Tensor] = []
         self.found: list[torch.Tensor] = []
 
+    # What a session asks of its link
+
+    def check_process(self) -> None:
+        """All of this is one process."""
+
     # The client
 
     @precondition(lambda self: not self.callers)
