@@ -156,7 +156,8 @@ def test_a_spawned_process_has_a_session_of_its_own(split: Any) -> None:
     assert process.exitcode == 0
     assert session != split.remote_trunk.session.session_id
     with torch.no_grad():
-        assert torch.equal(torch.tensor(logits), split(input_ids=IDS).logits)
+        expected = split(input_ids=IDS).logits
+    assert float((torch.tensor(logits) - expected).abs().max()) <= 1e-5
 
 
 def test_workers_of_a_data_loader_do_no_harm(split: Any) -> None:

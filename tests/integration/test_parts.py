@@ -192,7 +192,7 @@ def test_a_mask_that_is_too_short_hides_the_rest_as_in_the_whole_model(
     whole = AutoModelForCausalLM.from_pretrained(folder)
     with split, torch.no_grad():
         ours, theirs = (m(IDS, attention_mask=MASK[:, :9]).logits for m in (split, whole))
-    assert torch.equal(ours, theirs)
+    assert float((ours - theirs).abs().max()) <= 1e-5
 
 
 def test_a_trunk_by_itself_has_rotary_positions(

@@ -105,4 +105,5 @@ def test_a_call_during_which_another_thread_changes_adapters_is_refused(
     hook.remove()
     undo[0]()
     with torch.no_grad():
-        assert torch.equal(split(input_ids=ids(0)).logits, whole(input_ids=ids(0)).logits)
+        ours, theirs = split(input_ids=ids(0)).logits, whole(input_ids=ids(0)).logits
+    assert float((ours - theirs).abs().max()) <= 1e-5

@@ -110,4 +110,5 @@ def test_it_is_the_whole_model_s_or_refused(
     # Whatever happened, the next call is right.
     given = torch.arange(5, 12)[None]
     with torch.no_grad():
-        assert torch.equal(split(input_ids=given).logits, whole(input_ids=given).logits)
+        ours, theirs = split(input_ids=given).logits, whole(input_ids=given).logits
+    assert float((ours - theirs).abs().max()) <= 1e-5
