@@ -39,7 +39,8 @@ test-clients: ## run other people's libraries against the split model, in an env
 	$(PYTHON) -m venv .venv-clients
 	.venv-clients/bin/pip install --disable-pip-version-check $(PIP_FLAGS) -c constraints.txt -e '.[dev]' \
 		captum==0.9.0 lm-eval==0.4.13
-	.venv-clients/bin/pytest -n 2 --dist loadfile tests/clients tests/integration/test_trainers.py
+	.venv-clients/bin/pytest -n 2 --dist loadfile -m "not slow and not gpu" \
+		tests/clients tests/integration/test_trainers.py
 
 test-gpu: $(READY) ## run the tests of a CUDA device, and every trunk of the others on it
 	$(BIN)/pytest -m gpu
