@@ -405,8 +405,9 @@ class Passage:
         """Whether gradients are wanted of anything that comes in."""
         if not torch.is_grad_enabled():
             return False
-        known = self._watch.tensors or [tensor for _, tensor in adapters()[1]]
-        return any(tensor.requires_grad for tensor in (hidden_BTD, *past, *known))
+        if any(tensor.requires_grad for tensor in (hidden_BTD, *past)):
+            return True
+        return any(tensor.requires_grad for _, tensor in adapters()[1])
 
     def _draws(self, training: bool) -> bool:
         """The mode of the blocks' dropout layers; without any, that of the blocks.
